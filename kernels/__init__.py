@@ -1,0 +1,1 @@
+"""Triton kernels, one operator a file; installed as mpma_ext.kernels."""
