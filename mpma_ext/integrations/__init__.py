@@ -1,0 +1,1 @@
+"""Drop-in attention for other libraries; each module imports its library only when it is used."""
