@@ -1,0 +1,106 @@
+"""Which implementation serves a call.
+
+An operator lists its backends from the fastest down, and for each a reason why it cannot serve this
+call, or None. The choice falls in Python, before the operator, so that the backward follows it.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
+OPERATORS = (
+    "masked_attention",
+    "masked_attention_qkvpacked",
+    "masked_attention_varlen",
+    "memory_attention",
+    "token_patch_similarity",
+    "token_patch_max_similarity",
+)
+
+# Read once from the dispatcher: a kernel that is compiled in is thereby available.
+COMPILED = {
+    backend: frozenset(
+        operator
+        for operator in OPERATORS
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"mpma::{operator}", key)
+    )
+    for backend, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+}
+
+_local = threading.local()
+
+
+def available_backends() -> list[str]:
+    """Names of the backends that can serve at least one operator on this machine."""
+    usable = {
+        "cuda": bool(COMPILED["cuda"]) and torch.cuda.is_available(),
+        "triton": False,
+        "cpu": bool(COMPILED["cpu"]),
+        "torch": True,
+        "reference": True,
+    }
+    return [name for name in BACKENDS if usable[name]]
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within this context, calls of this thread that name no backend use `name`.
+
+    Raises:
+        ValueError: `name` is no backend.
+    """
+    _check_name(name)
+    before = getattr(_local, "backend", None)
+    _local.backend = name
+    try:
+        yield
+    finally:
+        _local.backend = before
+
+
+def compiled_refusal(backend: str, operator: str, tensor: torch.Tensor) -> str | None:
+    """Why a compiled backend ("cpu" or "cuda") cannot serve a call on `tensor`, or None."""
+    if tensor.device.type != backend:
+        return f"it serves {backend} tensors, these are on {tensor.device}"
+    if operator not in COMPILED[backend]:
+        return f"this build has no compiled {backend} kernel of {operator}"
+    return None
+
+
+def choose(
+    operator: str,
+    backend: str | None,
+    refusals: Mapping[str, str | None],
+    avoid: frozenset[str] = frozenset(),
+) -> str:
+    """The backend of one call.
+
+    Args:
+        operator: its name, for messages.
+        backend: what the caller asked for, or None.
+        refusals: for every backend that has an implementation, from the fastest down, the reason
+            why it cannot serve this call, or None.
+        avoid: backends that may serve only where they are asked for by name.
+
+    Raises:
+        ValueError: the backend that was asked for does not exist or cannot serve.
+    """
+    _check_name(backend)
+    if backend is None:
+        backend = getattr(_local, "backend", None)
+    if backend is None:
+        for name, refusal in refusals.items():
+            if refusal is None and name not in avoid:
+                return name
+    refusal = refusals.get(backend, f"there is no {backend} implementation of {operator}")
+    if refusal is not None:
+        raise ValueError(f'{operator}: backend="{backend}" cannot serve this call: {refusal}')
+    return backend
+
+
+def _check_name(name: str | None) -> None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")

@@ -1,0 +1,67 @@
+"""What PyTorch is told of an operator beside its kernels: autocast, and derivatives' limits."""
+
+from collections.abc import Callable
+
+import torch
+
+
+def under_autocast(operator: str, **operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Floating tensors in autocast's dtype where it is on, float64 aside; else as they are."""
+    for name, tensor in operands.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{operator}: {name} must be a tensor, got {type(tensor).__name__}")
+    tensors = tuple(operands.values())
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(_cast(tensor, torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+def register_autocast(operator: str) -> None:
+    """Under autocast, torch.ops.mpma.<operator> casts its floating tensors, float64 aside."""
+
+    def rule_of(device: str) -> Callable:
+        def rule(*arguments):
+            dtype = torch.get_autocast_dtype(device)
+            with torch.autocast(device, enabled=False):
+                return getattr(torch.ops.mpma, operator)(*(_cast(a, dtype) for a in arguments))
+
+        return rule
+
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        torch.library.impl(f"mpma::{operator}", key)(rule_of(device))
+
+
+def refuse_second_derivative(operator: str) -> None:
+    """The backward of torch.ops.mpma.<operator>_backward raises."""
+
+    def backward(ctx, *gradients):
+        raise RuntimeError(
+            f"{operator}: the compiled backward has no derivative of its own; "
+            'use backend="reference" for second derivatives'
+        )
+
+    torch.library.register_autograd(f"mpma::{operator}_backward", backward)
+
+
+def needed(gradient: torch.Tensor, wanted: bool) -> torch.Tensor | None:
+    """A gradient as autograd wants it: None where the kernel was told to leave it out."""
+    return gradient if wanted else None
+
+
+def fake_gradients(*pairs: tuple[torch.Tensor, bool]) -> tuple[torch.Tensor, ...]:
+    """What a backward returns in shapes: contiguous as its tensor, empty where not wanted."""
+    return tuple(
+        tensor.new_empty(tensor.shape) if wanted else tensor.new_empty(0)
+        for tensor, wanted in pairs
+    )
+
+
+def _cast(argument, dtype: torch.dtype):
+    if (
+        isinstance(argument, torch.Tensor)
+        and argument.is_floating_point()
+        and argument.dtype != torch.float64
+    ):
+        return argument.to(dtype)
+    return argument
