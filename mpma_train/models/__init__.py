@@ -1,0 +1,26 @@
+"""The MPMA model, in the conventions of transformers."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
+
+from mpma_train.models.configuration_mpma import MpmaConfig
+from mpma_train.models.modeling_mpma import MpmaForPreTraining, MpmaModel
+from mpma_train.models.outputs import (
+    FusedFeatures,
+    ImageFeatures,
+    MpmaForPreTrainingOutput,
+    TextFeatures,
+)
+
+AutoConfig.register(MpmaConfig.model_type, MpmaConfig)
+AutoModel.register(MpmaConfig, MpmaModel)
+AutoModelForPreTraining.register(MpmaConfig, MpmaForPreTraining)
+
+__all__ = [
+    "FusedFeatures",
+    "ImageFeatures",
+    "MpmaConfig",
+    "MpmaForPreTraining",
+    "MpmaForPreTrainingOutput",
+    "MpmaModel",
+    "TextFeatures",
+]

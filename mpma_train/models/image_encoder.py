@@ -1,0 +1,148 @@
+"""The image encoder: a vision transformer that can be shown some of the patches only."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import ViTMAEModel
+
+from mpma_train.models.configuration_mpma import MpmaConfig
+
+
+class VitImageEncoder(ViTMAEModel):
+    """transformers' ViT-MAE encoder (He et al., CVPR 2022), but masked only where a mask is given.
+
+    ViTMAEModel drops patches in evaluation too; here every patch is seen unless the caller says
+    which. Parameters keep ViTMAEModel's names, so that its checkpoints fit.
+    """
+
+    def forward(self, pixel_values: Tensor, visible_patches: Tensor | None = None) -> Tensor:
+        """(B, C, S, S) and (B, Pv) patch numbers to states (B, 1 + Pv, D), [CLS] first."""
+        positions = self.embeddings.position_embeddings
+        states = self.embeddings.patch_embeddings(pixel_values) + positions[:, 1:]
+        if visible_patches is not None:
+            states = take_rows(states, visible_patches)
+        cls_state = (self.embeddings.cls_token + positions[:, :1]).expand(len(states), -1, -1)
+        states = torch.cat([cls_state, states], dim=1)
+        for layer in self.layers:
+            states = layer(states)
+        return self.layernorm(states)
+
+
+class TimmImageEncoder(nn.Module):
+    """A timm vision transformer with one [CLS] token, by name, with mpma_ext's attention.
+
+    Raises:
+        ImportError: timm cannot be imported.
+        ValueError: the model is no plain vision transformer, or its width is not hidden_size.
+    """
+
+    def __init__(self, config: MpmaConfig):
+        super().__init__()
+        name = config.image_encoder.removeprefix("timm/")
+        try:
+            import timm
+        except ImportError as error:
+            raise ImportError(
+                f'image_encoder "{config.image_encoder}" needs timm, which cannot be imported '
+                f'({error}). Install it with pip install "mpma[timm]"'
+            ) from error
+        from mpma_ext.integrations.timm import use_mpma_attention
+
+        vit = timm.create_model(
+            name, num_classes=0, img_size=config.image_size, in_chans=config.num_channels
+        )
+        if getattr(vit, "num_prefix_tokens", None) != 1 or not hasattr(vit, "_pos_embed"):
+            raise ValueError(
+                f"image_encoder: timm's {name} is not a vision transformer with one class token"
+            )
+        found = {"hidden_size": vit.embed_dim, "patch_size": vit.patch_embed.patch_size[0]}
+        for setting, value in found.items():
+            if value != getattr(config, setting):
+                raise ValueError(
+                    f"{setting} must be that of timm's {name}, {value}; "
+                    f"got {getattr(config, setting)}"
+                )
+        self.vit = use_mpma_attention(vit)
+
+    def forward(self, pixel_values: Tensor, visible_patches: Tensor | None = None) -> Tensor:
+        """(B, C, S, S) and (B, Pv) patch numbers to states (B, 1 + Pv, D), [CLS] first."""
+        states = self.vit._pos_embed(self.vit.patch_embed(pixel_values))
+        if visible_patches is not None:
+            states = torch.cat([states[:, :1], take_rows(states[:, 1:], visible_patches)], dim=1)
+        return self.vit.norm(self.vit.blocks(self.vit.norm_pre(states)))
+
+
+def build_image_encoder(config: MpmaConfig) -> nn.Module:
+    """The encoder that `config.image_encoder` names."""
+    if config.image_encoder == "vit":
+        return VitImageEncoder(config.vit_config())
+    return TimmImageEncoder(config)
+
+
+def take_rows(states: Tensor, numbers: Tensor) -> Tensor:
+    """Rows `numbers` (B, K) of states (B, P, D): (B, K, D)."""
+    return states.gather(1, numbers.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+
+
+def two_resolutions(pixel_values: Tensor, config: MpmaConfig) -> tuple[Tensor, Tensor]:
+    """The image the encoder sees and the image to reconstruct.
+
+    An image of image_size · target_scale is the target itself and is averaged for the encoder; one
+    of image_size is enlarged bilinearly for the target, which adds no detail.
+
+    Args:
+        pixel_values: (B, C, S, S) floating, S = image_size · target_scale or image_size.
+
+    Returns:
+        (B, C, image_size, image_size) and (B, C, target_size, target_size).
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    small, large, channels = config.image_size, config.target_size, config.num_channels
+    shapes = {(channels, side, side) for side in (small, large)}
+    if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) not in shapes:
+        expected = " or ".join(f"(B, {c}, {h}, {w})" for c, h, w in sorted(shapes, reverse=True))
+        raise ValueError(f"pixel_values must be {expected}, got {tuple(pixel_values.shape)}")
+    if not pixel_values.is_floating_point():
+        raise ValueError(f"pixel_values must be floating point, got {pixel_values.dtype}")
+    if pixel_values.shape[-1] == large:
+        return F.avg_pool2d(pixel_values, config.target_scale), pixel_values
+    target = F.interpolate(pixel_values, size=(large, large), mode="bilinear", align_corners=False)
+    return pixel_values, target
+
+
+def fold_channels(
+    weight: Tensor,
+    bias: Tensor,
+    from_mean: tuple[float, ...],
+    from_std: tuple[float, ...],
+    to_mean: float,
+    to_std: float,
+) -> tuple[Tensor, Tensor]:
+    """A patch embedding for several channels, as one for a single grey channel.
+
+    With x_c = (g - m_c) / s_c the channels a model was trained on and y = (g - m) / s ours, of the
+    same grey value g, Σ_c w_c x_c + b = w y + b' for w = s Σ_c w_c / s_c and
+    b' = b + Σ_c Σ w_c (m - m_c) / s_c, the inner sum over the pixels of a patch.
+
+    Args:
+        weight: (D, C, p, p).
+        bias: (D,).
+        from_mean, from_std: the C means and deviations the weights were trained with.
+        to_mean, to_std: ours.
+
+    Returns:
+        weight (D, 1, p, p) and bias (D,).
+
+    Raises:
+        ValueError: the number of means or deviations is not C.
+    """
+    if not len(from_mean) == len(from_std) == weight.shape[1]:
+        raise ValueError(
+            f"from_mean and from_std must have {weight.shape[1]} values, one a channel of weight; "
+            f"got {len(from_mean)} and {len(from_std)}"
+        )
+    scaled = weight / weight.new_tensor(from_std).view(1, -1, 1, 1)
+    shift = to_mean - weight.new_tensor(from_mean).view(1, -1, 1, 1)
+    return to_std * scaled.sum(dim=1, keepdim=True), bias + (scaled * shift).sum(dim=(1, 2, 3))

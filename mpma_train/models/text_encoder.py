@@ -1,0 +1,51 @@
+"""The text encoder: transformers' BERT on packed reports, whole and masked ones in one call."""
+
+import torch
+from torch import Tensor, nn
+from transformers import BertModel
+
+from mpma_train.models.configuration_mpma import MpmaConfig
+from mpma_train.models.packing import PackedText
+
+
+class TextEncoder(nn.Module):
+    """BERT (Devlin et al., NAACL 2019) without its pooler, which knows one sequence only."""
+
+    def __init__(self, config: MpmaConfig):
+        super().__init__()
+        self.bert = BertModel(config.bert_config(), add_pooling_layer=False)
+
+    def forward(
+        self,
+        text: PackedText,
+        copies: list[Tensor],
+        shift: Tensor | None = None,
+    ) -> list[Tensor]:
+        """States of several copies of the same reports, which do not see one another.
+
+        Args:
+            text: where the tokens lie.
+            copies: token ids (N,) int64 of each copy: the whole report, the masked one.
+            shift: (B, Dt) added to every token embedding of the last copy (the `gap_add` fusion);
+                the other copies do not see it.
+
+        Returns:
+            For each copy, (N, Dt).
+        """
+        count = len(copies)
+        starts = [text.cu_seqlens[:-1] + i * len(text.rows) for i in range(count)]
+        end = text.cu_seqlens[-1:] + (count - 1) * len(text.rows)
+        ids = torch.cat(copies).unsqueeze(0)
+        words: dict[str, Tensor] = {"input_ids": ids}
+        if shift is not None:
+            embeddings = self.bert.get_input_embeddings()(ids)
+            own = shift.index_select(0, text.rows // text.length)
+            others = own.new_zeros((count - 1) * len(own), own.shape[1])
+            words = {"inputs_embeds": embeddings + torch.cat([others, own]).to(embeddings.dtype)}
+        states = self.bert(
+            **words,
+            position_ids=text.position_ids.repeat(count).unsqueeze(0),
+            cu_seq_lens_q=torch.cat([*starts, end]),
+            max_length_q=text.length,
+        ).last_hidden_state
+        return list(states.squeeze(0).chunk(count))
