@@ -1,0 +1,1 @@
+"""MPMA pretraining: models, data, training and evaluation on top of `mpma_ext`."""
