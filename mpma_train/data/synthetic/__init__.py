@@ -1,0 +1,1 @@
+"""A made-up set of radiograph-like images and worded reports, written in a published raw layout."""
