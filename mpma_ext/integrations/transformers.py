@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 import mpma_ext
 
@@ -67,6 +68,11 @@ def key_padding_mask(
     Raises:
         ValueError: the model wants another pattern than key padding, or a mask of another shape.
     """
+    if not _uses_interface(type(config)):
+        raise ValueError(
+            f'attn_implementation="{NAME}": {_model_name(config)} computes attention by itself, '
+            "outside AttentionInterface"
+        )
     if mask_function is not bidirectional_mask_function:
         raise ValueError(_refusal(_model_name(config), _asked(mask_function, config, kwargs)))
     if attention_mask is None:
@@ -151,6 +157,19 @@ def attention(
         dropout_p=dropout,
     )
     return output[None], None
+
+
+# Its lookups cannot be traced, and its answer never changes.
+@torch.compiler.assume_constant_result
+def _uses_interface(config_class: type) -> bool:
+    """Whether the model of a configuration calls the registered attention function at all.
+
+    transformers takes any attn_implementation for a model that does not, and would go on with our
+    mask where the model expects one to add to its scores.
+    """
+    models = MODEL_MAPPING.get(config_class, ())
+    models = models if isinstance(models, tuple) else (models,)
+    return all(m._can_set_attn_implementation() for m in models)
 
 
 def _model_name(config: PreTrainedConfig | None) -> str:

@@ -7,6 +7,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from transformers import (
     BertConfig,
     BertModel,
+    ConvBertConfig,
+    ConvBertModel,
     GPT2Config,
     GPT2Model,
     LlamaConfig,
@@ -221,6 +223,15 @@ def test_arbitrary_mask_is_refused_by_name():
     ids, _ = reports()
     mask = torch.ones(3, 1, 7, 7, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"BertSelfAttention asked for an arbitrary .*3, 1, 7, 7"):
+        model(ids, attention_mask=mask)
+
+
+def test_model_without_the_interface_is_refused_by_name():
+    """Unrefused, it would add our bool mask to its scores and attend to padding."""
+    config = ConvBertConfig(vocab_size=50, embedding_size=32, **SMALL)
+    model = ConvBertModel._from_config(config, attn_implementation="mpma")
+    ids, mask = reports()
+    with pytest.raises(ValueError, match="ConvBertConfig computes attention by itself"):
         model(ids, attention_mask=mask)
 
 
