@@ -1,0 +1,392 @@
+// Forward and backward of one attention head after another. Included by foreach_isa.h, after masked_attention.h.
+//
+// Keys that take part are gathered first, so that what follows knows no mask: a masked row is never read. The work then
+// goes key tile by key tile and, in each, block by block of query rows: scores of a block and a tile are the only
+// quadratic buffer. The softmax is rescaled from tile to tile, as in FlashAttention (Dao et al., 2022).
+
+namespace mpma::MPMA_ISA {
+
+constexpr int64_t kKeyTile = 256;
+constexpr int64_t kQueryBlock = 48;  // a multiple of every kTileRows
+
+// Rows of Scratch have row_distance(their columns).
+template <typename A>
+class Scratch {
+ public:
+  A* rows(int64_t count, int64_t columns) {
+    const int64_t size = padded(std::max<int64_t>(count, 1) * row_distance(columns));
+    blocks_.emplace_back(static_cast<A*>(::operator new(size * sizeof(A), kAlignment)));
+    return blocks_.back().get();
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(A* p) const { ::operator delete(p, kAlignment); }
+  };
+  std::vector<std::unique_ptr<A, Free>> blocks_;
+};
+
+// The keys of one sequence that take part, ascending, and where their dropout words are: key `rows[c]` has word
+// `words[c]` of the words of all `groups`, four a group.
+struct KeyList {
+  std::vector<int64_t> rows, words;
+  std::vector<uint32_t> groups;
+
+  void fill(const AttentionBatch& batch, int64_t b) {
+    rows.clear(), words.clear(), groups.clear();
+    for (int64_t j = 0; j < batch.keys[b].length; ++j) {
+      if (batch.mask && !*batch.mask.at(b, j, 0)) continue;
+      const auto group = static_cast<uint32_t>(j / 4);
+      if (groups.empty() || groups.back() != group) groups.push_back(group);
+      rows.push_back(j);
+      words.push_back(4 * static_cast<int64_t>(groups.size() - 1) + j % 4);
+    }
+  }
+};
+
+template <typename T>
+inline void convert_from(const char* from, int64_t width, float* to) {
+  const T* row = reinterpret_cast<const T*>(from);
+  for (int64_t d = 0; d < width; ++d) to[d] = static_cast<float>(row[d]);
+}
+
+template <typename T>
+inline void convert_to(const float* from, int64_t width, char* to) {
+  T* row = reinterpret_cast<T*>(to);
+  for (int64_t d = 0; d < width; ++d) row[d] = static_cast<T>(from[d]);
+}
+
+inline void load_row(Element element, const char* from, int64_t width, float* to) {
+  if (element == Element::kFloat) std::memcpy(to, from, width * sizeof(float));
+  if (element == Element::kBFloat16) convert_from<torch::headeronly::BFloat16>(from, width, to);
+  if (element == Element::kHalf) convert_from<torch::headeronly::Half>(from, width, to);
+}
+
+inline void store_row(Element element, const float* from, int64_t width, char* to) {
+  if (element == Element::kFloat) std::memcpy(to, from, width * sizeof(float));
+  if (element == Element::kBFloat16) convert_to<torch::headeronly::BFloat16>(from, width, to);
+  if (element == Element::kHalf) convert_to<torch::headeronly::Half>(from, width, to);
+}
+
+inline void load_row(Element, const char* from, int64_t width, double* to) {
+  std::memcpy(to, from, width * sizeof(double));
+}
+
+inline void store_row(Element, const double* from, int64_t width, char* to) {
+  std::memcpy(to, from, width * sizeof(double));
+}
+
+template <typename A>
+inline void transpose_4x4(const A* from, int64_t from_row, A scale, A* to, int64_t to_row) {
+  typedef A Four __attribute__((vector_size(4 * sizeof(A)), aligned(sizeof(A)), may_alias));
+  const auto row = [&](int64_t i) { return reinterpret_cast<const Four*>(from + i * from_row); };
+  const auto out = [&](int64_t i) { return reinterpret_cast<Four*>(to + i * to_row); };
+  const Four low01 = __builtin_shufflevector(*row(0), *row(1), 0, 4, 1, 5);
+  const Four high01 = __builtin_shufflevector(*row(0), *row(1), 2, 6, 3, 7);
+  const Four low23 = __builtin_shufflevector(*row(2), *row(3), 0, 4, 1, 5);
+  const Four high23 = __builtin_shufflevector(*row(2), *row(3), 2, 6, 3, 7);
+  *out(0) = __builtin_shufflevector(low01, low23, 0, 1, 4, 5) * scale;
+  *out(1) = __builtin_shufflevector(low01, low23, 2, 3, 6, 7) * scale;
+  *out(2) = __builtin_shufflevector(high01, high23, 0, 1, 4, 5) * scale;
+  *out(3) = __builtin_shufflevector(high01, high23, 2, 3, 6, 7) * scale;
+}
+
+// What one thread works with: the operands of a key tile and of a query block in the accumulator's type.
+template <typename A>
+class Worker {
+ public:
+  Worker(const AttentionBatch& batch, bool backward) : batch_(batch), width_(batch.width) {
+    int64_t queries = 0, keys = 0;
+    for (const Span& s : batch.queries) queries = std::max(queries, s.length);
+    for (const Span& s : batch.keys) keys = std::max(keys, s.length);
+    const int64_t tile = std::min(keys, kKeyTile), block = std::min(queries, kQueryBlock);
+    scores_ = scratch_.rows(block, tile);
+    query_ = scratch_.rows(block, width_);
+    key_transposed_ = scratch_.rows(padded(width_), tile);
+    value_ = scratch_.rows(tile, width_);  // the forward's values, the backward's keys
+    sum_ = scratch_.rows(queries, width_);  // the forward's output, the backward's query gradient
+    maximum_ = scratch_.rows(1, queries);
+    total_ = scratch_.rows(1, queries);
+    staging_ = scratch_.rows(4, width_);
+    if (batch.dropout.active()) words_.resize(4 * kKeyTile + kPhiloxLanes * 4), kept_.resize(kKeyTile + kColumnGroup);
+    if (!backward) return;
+    grad_scores_ = scratch_.rows(block, tile);
+    grad_output_ = scratch_.rows(block, width_);
+    value_transposed_ = scratch_.rows(padded(width_), tile);
+    grad_key_ = scratch_.rows(tile, width_);
+    grad_value_ = scratch_.rows(tile, width_);
+  }
+
+  void forward(int64_t b, int64_t h, const Output& output, const Operand<A>& logsumexp) {
+    start(b, h);
+    const int64_t q_row = row_distance(width_);
+    for (int64_t i = 0; i < queries_.length; ++i) {
+      maximum_[i] = -kInfinity;
+      total_[i] = 0;
+    }
+    for (int64_t c0 = 0; c0 < keys(); c0 += kKeyTile) {
+      const int64_t n = std::min(kKeyTile, keys() - c0), s_row = row_distance(n);
+      gather_transposed(batch_.key, c0, n, static_cast<A>(batch_.scale), key_transposed_);
+      gather(batch_.value, c0, n, value_);
+      for_each_block([&](int64_t i0, int64_t rows) {
+        load_block(batch_.query, i0, rows, query_);
+        matmul<A>(rows, n, width_, {query_, q_row, 1, key_transposed_, s_row, scores_, s_row}, false);
+        for (int64_t i = 0; i < rows; ++i) {
+          const A shrink = softmax_row(scores_ + i * s_row, n, i0 + i);
+          if (c0 > 0) scale_row(sum_ + (i0 + i) * q_row, shrink);
+          if (batch_.dropout.active()) drop_row(scores_ + i * s_row, c0, n, i0 + i);
+        }
+        matmul<A>(rows, width_, n, {scores_, s_row, 1, value_, q_row, sum_ + i0 * q_row, q_row}, c0 > 0);
+      });
+    }
+    const A kept = batch_.dropout.active() ? static_cast<A>(batch_.dropout.kept) : A(1);
+    for (int64_t i = 0; i < queries_.length; ++i) {
+      A* sum = sum_ + i * q_row;
+      if (keys() == 0) {
+        std::fill_n(sum, width_, A(0));
+        *logsumexp.at(b, queries_.start + i, h) = kInfinity;
+      } else {
+        scale_row(sum, kept / total_[i]);
+        *logsumexp.at(b, queries_.start + i, h) = maximum_[i] + std::log(total_[i]);
+      }
+      write(sum, output.at(b, queries_.start + i, h));
+    }
+  }
+
+  void backward(int64_t b, int64_t h, const AttentionGradients<A>& gradients) {
+    const auto& [grad_output, output, logsumexp, grad_query, grad_key, grad_value] = gradients;
+    start(b, h);
+    const int64_t q_row = row_distance(width_);
+    A* const delta = maximum_;
+    for (int64_t i = 0; i < queries_.length; ++i) {
+      read(grad_output.at(b, queries_.start + i, h), staging_);
+      read(output.at(b, queries_.start + i, h), staging_ + q_row);
+      delta[i] = dot(staging_, staging_ + q_row);
+      total_[i] = *logsumexp.at(b, queries_.start + i, h);
+    }
+    for (const Output& gradient : {grad_key, grad_value})
+      if (gradient) clear_masked(gradient);
+    for (int64_t c0 = 0; c0 < keys(); c0 += kKeyTile) {
+      const int64_t n = std::min(kKeyTile, keys() - c0), s_row = row_distance(n);
+      const bool need_scores = grad_query || grad_key;  // their gradients, to be exact
+      gather_transposed(batch_.key, c0, n, static_cast<A>(batch_.scale), key_transposed_);
+      if (need_scores) gather_transposed(batch_.value, c0, n, A(1), value_transposed_);
+      if (grad_query) gather(batch_.key, c0, n, value_);
+      if (grad_key) std::fill_n(grad_key_, n * q_row, A(0));
+      if (grad_value) std::fill_n(grad_value_, n * q_row, A(0));
+      for_each_block([&](int64_t i0, int64_t rows) {
+        load_block(batch_.query, i0, rows, query_);
+        load_block(grad_output, i0, rows, grad_output_);
+        matmul<A>(rows, n, width_, {query_, q_row, 1, key_transposed_, s_row, scores_, s_row}, false);
+        if (need_scores)
+          matmul<A>(rows, n, width_, {grad_output_, q_row, 1, value_transposed_, s_row, grad_scores_, s_row}, false);
+        for (int64_t i = 0; i < rows; ++i) gradient_row(i * s_row, c0, n, i0 + i, delta[i0 + i], total_[i0 + i]);
+        if (grad_value)
+          matmul<A>(n, width_, rows, {scores_, 1, s_row, grad_output_, q_row, grad_value_, q_row}, true);
+        if (grad_key) matmul<A>(n, width_, rows, {grad_scores_, 1, s_row, query_, q_row, grad_key_, q_row}, true);
+        if (grad_query)
+          matmul<A>(rows, width_, n, {grad_scores_, s_row, 1, value_, q_row, sum_ + i0 * q_row, q_row}, c0 > 0);
+      });
+      if (grad_key) scatter(grad_key_, c0, n, grad_key);
+      if (grad_value) scatter(grad_value_, c0, n, grad_value);
+    }
+    if (!grad_query) return;
+    if (keys() == 0) std::fill_n(sum_, queries_.length * q_row, A(0));
+    for (int64_t i = 0; i < queries_.length; ++i)
+      write(sum_ + i * q_row, grad_query.at(b, queries_.start + i, h));
+  }
+
+ private:
+  static constexpr A kInfinity = std::numeric_limits<A>::infinity();
+  static constexpr int kPhiloxLanes = 8;
+  static constexpr int kW = kWidth<A>;
+
+  void read(const char* from, A* to) const { load_row(batch_.element, from, width_, to); }
+  void write(const A* from, char* to) const { store_row(batch_.element, from, width_, to); }
+
+  int64_t keys() const { return static_cast<int64_t>(list_.rows.size()); }
+
+  void start(int64_t b, int64_t h) {
+    if (b != sequence_) list_.fill(batch_, b);
+    sequence_ = b;
+    head_ = h;
+    queries_ = batch_.queries[b];
+  }
+
+  // Blocks of nearly equal size.
+  template <typename Body>
+  void for_each_block(const Body& body) const {
+    const int64_t blocks = (queries_.length + kQueryBlock - 1) / kQueryBlock;
+    int64_t i0 = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t rows = queries_.length / blocks + (block < queries_.length % blocks);
+      body(i0, rows);
+      i0 += rows;
+    }
+  }
+
+  const char* key_row(const Input& operand, int64_t c) const {
+    return operand.at(sequence_, batch_.keys[sequence_].start + list_.rows[c], head_);
+  }
+
+  // to[c][d] = row c0 + c; the padding columns of a product's right side may hold anything.
+  void gather(const Input& operand, int64_t c0, int64_t n, A* to) const {
+    for (int64_t c = 0; c < n; ++c) read(key_row(operand, c0 + c), to + c * row_distance(width_));
+  }
+
+  // to[d][c] = scale * row c0 + c, padded with columns of zeros.
+  void gather_transposed(const Input& operand, int64_t c0, int64_t n, A scale, A* to) const {
+    const int64_t from_row = row_distance(width_), to_row = row_distance(n);
+    for (int64_t c = 0; c < padded(n); c += 4) {
+      for (int64_t i = 0; i < 4; ++i) {
+        if (c + i < n) {
+          read(key_row(operand, c0 + c + i), staging_ + i * from_row);
+        } else {
+          std::fill_n(staging_ + i * from_row, width_, A(0));
+        }
+      }
+      for (int64_t d = 0; d < width_; d += 4)
+        transpose_4x4(staging_ + d, from_row, scale, to + d * to_row + c, to_row);
+    }
+  }
+
+  void load_block(const Input& operand, int64_t i0, int64_t rows, A* to) const {
+    for (int64_t i = 0; i < rows; ++i)
+      read(operand.at(sequence_, queries_.start + i0 + i, head_), to + i * row_distance(width_));
+  }
+
+  void scatter(const A* from, int64_t c0, int64_t n, const Output& to) const {
+    const int64_t start = batch_.keys[sequence_].start;
+    for (int64_t c = 0; c < n; ++c)
+      write(from + c * row_distance(width_), to.at(sequence_, start + list_.rows[c0 + c], head_));
+  }
+
+  void clear_masked(const Output& gradient) const {
+    if (!batch_.mask) return;
+    const Span& span = batch_.keys[sequence_];
+    std::fill_n(staging_, width_, A(0));
+    for (int64_t j = 0; j < span.length; ++j)
+      if (!*batch_.mask.at(sequence_, j, 0))
+        write(staging_, gradient.at(sequence_, span.start + j, head_));
+  }
+
+  void scale_row(A* row, A factor) const {
+    for (int64_t d = 0; d < width_; ++d) row[d] *= factor;
+  }
+
+  A dot(const A* x, const A* y) const {
+    Vector<A> sum = {};
+    int64_t d = 0;
+    for (; d + kW <= width_; d += kW) sum += load(x + d) * load(y + d);
+    A tail = 0;
+    for (; d < width_; ++d) tail += x[d] * y[d];
+    return sum_lanes<A>(sum) + tail;
+  }
+
+  // Scores become e^(score - maximum so far); returns what earlier sums of the row have to be multiplied with.
+  A softmax_row(A* scores, int64_t n, int64_t i) {
+    std::fill(scores + n, scores + padded(n), -kInfinity);
+    const Vector<A> zero = {};
+    Vector<A> top = zero + maximum_[i];
+    for (int64_t c = 0; c < padded(n); c += kW) {
+      const Vector<A> x = load(scores + c);
+      top = x > top ? x : top;
+    }
+    A maximum = top[0];
+    for (int lane = 1; lane < kW; ++lane) maximum = std::max(maximum, static_cast<A>(top[lane]));
+    const A base = maximum == -kInfinity ? A(0) : maximum;  // a tile of -inf alone adds nothing
+    Vector<A> total = {};
+    for (int64_t c = 0; c < padded(n); c += kW) {
+      const Vector<A> weight = exp(load(scores + c) - base);
+      store(scores + c, weight);
+      total += weight;
+    }
+    const A shrink = std::exp(maximum_[i] - base);
+    total_[i] = total_[i] * shrink + sum_lanes<A>(total);
+    maximum_[i] = maximum;
+    return shrink;
+  }
+
+  // kept_[c] is all ones where the weight of query i on key c0 + c is kept, else 0.
+  void draw_kept(int64_t c0, int64_t n, int64_t i) {
+    const int64_t group0 = list_.words[c0] / 4, groups = list_.words[c0 + n - 1] / 4 - group0 + 1;
+    const auto row = static_cast<uint32_t>(i), head = static_cast<uint32_t>(head_);
+    const auto sequence = static_cast<uint32_t>(sequence_);
+    for (int64_t g = 0; g < groups; ++g) {
+      const PhiloxWords drawn = philox(list_.groups[group0 + g], row, head, sequence, batch_.dropout.seed);
+      std::copy_n(drawn.word, 4, words_.begin() + 4 * g);
+    }
+    for (int64_t c = 0; c < n; ++c) {
+      const uint32_t word = words_[list_.words[c0 + c] - 4 * group0];
+      kept_[c] = word < batch_.dropout.threshold ? A(0) : A(1);
+    }
+  }
+
+  void drop_row(A* weights, int64_t c0, int64_t n, int64_t i) {
+    draw_kept(c0, n, i);
+    for (int64_t c = 0; c < n; ++c) weights[c] = kept_[c] != 0 ? weights[c] : A(0);
+  }
+
+  // Scores become the weights that multiplied the values; their gradients become gradients of the unscaled products.
+  void gradient_row(int64_t offset, int64_t c0, int64_t n, int64_t i, A delta, A logsumexp) {
+    A *scores = scores_ + offset, *gradients = grad_scores_ + offset;
+    const auto scale = static_cast<A>(batch_.scale);
+    if (!batch_.dropout.active()) {
+      for (int64_t c = 0; c < n; c += kW) {
+        const Vector<A> weight = exp(load(scores + c) - logsumexp);
+        store(scores + c, weight);
+        store(gradients + c, weight * (load(gradients + c) - delta) * scale);
+      }
+      return;
+    }
+    draw_kept(c0, n, i);
+    const auto kept = static_cast<A>(batch_.dropout.kept);
+    for (int64_t c = 0; c < n; c += kW) store(scores + c, exp(load(scores + c) - logsumexp));
+    for (int64_t c = 0; c < n; ++c) {
+      const A weight = scores[c], gradient = kept_[c] != 0 ? gradients[c] * kept : A(0);
+      scores[c] = kept_[c] != 0 ? weight * kept : A(0);
+      gradients[c] = weight * (gradient - delta) * scale;
+    }
+  }
+
+  const AttentionBatch& batch_;
+  const int64_t width_;
+  Scratch<A> scratch_;
+  A *scores_, *query_, *key_transposed_, *value_, *sum_, *maximum_, *total_, *staging_;
+  A *grad_scores_, *grad_output_, *value_transposed_, *grad_key_, *grad_value_;
+  std::vector<uint32_t> words_;
+  std::vector<A> kept_;
+  KeyList list_;
+  int64_t sequence_ = -1, head_ = 0;
+  Span queries_{};
+};
+
+// Calls body(worker, sequence, head) for every head of every sequence. Threads take the next one when they are done with
+// the last, since lengths differ; each result depends on its own problem alone.
+template <typename A, typename Body>
+void for_each_problem(const AttentionBatch& batch, bool backward, const Body& body) {
+  const int64_t problems = static_cast<int64_t>(batch.queries.size()) * batch.heads;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), problems);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    Worker<A> worker(batch, backward);
+    for (int64_t p = next++; p < problems; p = next++) body(worker, p / batch.heads, p % batch.heads);
+  });
+}
+
+template <typename A>
+void attention_forward(const AttentionBatch& batch, const Output& output, const Operand<A>& logsumexp) {
+  for_each_problem<A>(batch, false, [&](Worker<A>& worker, int64_t b, int64_t h) {
+    worker.forward(b, h, output, logsumexp);
+  });
+}
+
+template <typename A>
+void attention_backward(const AttentionBatch& batch, const AttentionGradients<A>& gradients) {
+  for_each_problem<A>(batch, true, [&](Worker<A>& worker, int64_t b, int64_t h) {
+    worker.backward(b, h, gradients);
+  });
+}
+
+}  // namespace mpma::MPMA_ISA

@@ -1,0 +1,86 @@
+// Matrix products of blocks that fit the caches. Included by foreach_isa.h.
+
+namespace mpma::MPMA_ISA {
+
+// Buffers are padded to whole groups of columns, the same number for every instruction set.
+constexpr int64_t kColumnGroup = 16;
+
+constexpr int64_t padded(int64_t columns) { return (columns + kColumnGroup - 1) / kColumnGroup * kColumnGroup; }
+
+// Distance of the rows of a buffer: an odd number of groups, because with an even one the rows of a column panel
+// would share a few sets of the first-level cache.
+constexpr int64_t row_distance(int64_t columns) { return (padded(columns) / kColumnGroup | 1) * kColumnGroup; }
+
+// Rows and columns of C that are summed in registers: 6 x 2 vectors fill the 16 registers of SSE2 and AVX2 together with
+// two of B and one of A; 8 x 2 are enough to hide the latency of the 32 of AVX-512.
+constexpr int kTileRows = MPMA_VECTOR_BYTES == 64 ? 8 : 6;
+constexpr int kTileVectors = 2;
+constexpr int64_t kDepth = 256;  // a panel of B of this many rows stays in the first-level cache
+
+template <typename T>
+struct Product {
+  const T* a;
+  int64_t a_row, a_column;
+  const T* b;
+  int64_t b_row;
+  T* c;
+  int64_t c_row;
+};
+
+template <typename T, int kVectors, int kRows>
+void tile_product(const Product<T>& p, int64_t row, int64_t column, int64_t depth0, int64_t depth1, bool add) {
+  constexpr int kW = kWidth<T>;
+  T* c = p.c + row * p.c_row + column;
+  Vector<T> sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) sum[i][j] = add ? load(c + i * p.c_row + j * kW) : Vector<T>{};
+  const T* a = p.a + row * p.a_row + depth0 * p.a_column;
+  const T* b = p.b + depth0 * p.b_row + column;
+  const int64_t a_row = p.a_row, a_column = p.a_column, b_row = p.b_row;
+  for (int64_t k = depth0; k < depth1; ++k, a += a_column, b += b_row) {
+    Vector<T> right[kVectors];
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) right[j] = load(b + j * kW);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) sum[i][j] += a[i * a_row] * right[j];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) store(c + i * p.c_row + j * kW, sum[i][j]);
+}
+
+template <typename T, int kVectors, int... kRows>
+constexpr auto tile_products(std::integer_sequence<int, kRows...>) {
+  return std::array{&tile_product<T, kVectors, kRows + 1>...};
+}
+
+// C (m, n) = A (m, k) B (k, n), or C += with `add`. A has any strides, so that a transpose is a swap of two of them.
+// Rows of B and C are contiguous and readable and writable to padded(n) columns, of which the last may be overwritten.
+template <typename T>
+void matmul(int64_t m, int64_t n, int64_t k, const Product<T>& p, bool add) {
+  static constexpr auto wide = tile_products<T, kTileVectors>(std::make_integer_sequence<int, kTileRows>());
+  static constexpr auto narrow = tile_products<T, 1>(std::make_integer_sequence<int, kTileRows>());
+  const int64_t tiles = (m + kTileRows - 1) / kTileRows;
+  int64_t depth0 = 0;
+  do {  // once even for k = 0, which sets C to 0
+    const int64_t depth1 = std::min(k, depth0 + kDepth);
+    for (int64_t column = 0; column < n;) {
+      const bool single = n - column <= kWidth<T>;
+      int64_t row = 0;
+      for (int64_t tile = 0; tile < tiles; ++tile) {  // rows shared out evenly: no tile of a row or two is left over
+        const int64_t rows = m / tiles + (tile < m % tiles);
+        (single ? narrow : wide)[rows - 1](p, row, column, depth0, depth1, add || depth0 > 0);
+        row += rows;
+      }
+      column += (single ? 1 : kTileVectors) * kWidth<T>;
+    }
+    depth0 = depth1;
+  } while (depth0 < k);
+}
+
+}  // namespace mpma::MPMA_ISA

@@ -1,0 +1,100 @@
+// The real rows of an operand (items, length, width) with a mask (items, length), True = real, without the others: what
+// is masked is never read, so it can have no effect, and costs nothing.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "cpu/parallel.h"
+
+namespace mpma::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline ScalarType compute_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor in_type(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == type ? t : torch::stable::to(t, type);
+}
+
+template <class T>
+struct RealRows {
+  int64_t items, length, width, stride;  // stride: distance of rows, zeros beyond the width
+  std::vector<int64_t> start;            // (items + 1): the rows of item i are start[i] to start[i + 1]
+  std::vector<int32_t> position;         // where in its item each row stood
+  Buffer<T> data;
+
+  // tensor has the type T.
+  RealRows(const Tensor& tensor, const std::optional<Tensor>& mask, int64_t stride)
+      : RealRows(tensor, positions(tensor, mask), stride) {}
+
+  int64_t rows() const { return start[items]; }
+  int64_t count(int64_t item) const { return start[item + 1] - start[item]; }
+  const T* item(int64_t i) const { return data.get() + start[i] * stride; }
+
+  int64_t largest_count() const {
+    int64_t largest = 0;
+    for (int64_t i = 0; i < items; ++i) largest = std::max(largest, count(i));
+    return largest;
+  }
+
+  // Rows laid out as these, written where they stood in a new tensor of the operand's shape, with zeros elsewhere.
+  Tensor scatter(const T* values, const Tensor& like) const {
+    const Tensor tensor = torch::stable::new_empty(like, like.sizes(), compute_type(like));
+    T* out = tensor.template mutable_data_ptr<T>();
+    torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+      std::fill(out + begin * length * width, out + end * length * width, T(0));
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t row = start[i]; row < start[i + 1]; ++row)
+          std::copy_n(values + row * stride, width, out + (i * length + position[row]) * width);
+    });
+    return in_type(tensor, like.scalar_type());
+  }
+
+ private:
+  struct Positions {
+    std::vector<int64_t> start;
+    std::vector<int32_t> position;
+  };
+
+  static Positions positions(const Tensor& tensor, const std::optional<Tensor>& mask) {
+    const bool* real = mask ? mask->const_data_ptr<bool>() : nullptr;
+    const int64_t by_item = mask ? mask->stride(0) : 0, by_row = mask ? mask->stride(1) : 0;
+    const int64_t items = tensor.size(0), length = tensor.size(1);
+    Positions p;
+    p.start.push_back(0);
+    for (int64_t i = 0; i < items; ++i) {
+      for (int64_t j = 0; j < length; ++j)
+        if (!real || real[i * by_item + j * by_row]) p.position.push_back(static_cast<int32_t>(j));
+      p.start.push_back(static_cast<int64_t>(p.position.size()));
+    }
+    return p;
+  }
+
+  RealRows(const Tensor& tensor, Positions p, int64_t stride)
+      : items(tensor.size(0)), length(tensor.size(1)), width(tensor.size(2)), stride(stride), start(std::move(p.start)),
+        position(std::move(p.position)), data(rows() * stride) {
+    const T* source = tensor.template const_data_ptr<T>();
+    const int64_t by_item = tensor.stride(0), by_row = tensor.stride(1), by_column = tensor.stride(2);
+    torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t row = start[i]; row < start[i + 1]; ++row) {
+          const T* from = source + i * by_item + position[row] * by_row;
+          T* to = data.get() + row * this->stride;
+          for (int64_t d = 0; d < width; ++d) to[d] = from[d * by_column];
+          std::fill(to + width, to + this->stride, T(0));
+        }
+    });
+  }
+};
+
+}  // namespace mpma::cpu

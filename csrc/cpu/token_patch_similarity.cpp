@@ -1,0 +1,89 @@
+// The softmax form of token-patch similarity on the CPU: arguments from PyTorch, results back.
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "cpu/real_rows.h"
+
+namespace mpma {
+
+template <class T>
+struct SimilarityProblem {
+  cpu::RealRows<T> tokens, patches;
+  std::vector<T> token_square;  // |w|^2 of every real token
+  T attention_temperature, pooling_temperature;
+};
+
+}  // namespace mpma
+
+#define MPMA_ISA_BODY "cpu/token_patch_similarity_core.h"
+#include "cpu/foreach_isa.h"
+
+namespace mpma::cpu {
+namespace {
+
+template <class T>
+SimilarityProblem<T> problem_of(
+    const Tensor& tokens, const Tensor& patches, const std::optional<Tensor>& token_mask,
+    const std::optional<Tensor>& patch_mask, double attention_temperature, double pooling_temperature) {
+  const int64_t stride = portable::row_distance(tokens.size(2));
+  const ScalarType type = compute_type(tokens);
+  SimilarityProblem<T> problem{
+      RealRows<T>(in_type(tokens, type), token_mask, stride),
+      RealRows<T>(in_type(patches, type), patch_mask, stride),
+      {},
+      static_cast<T>(attention_temperature),
+      static_cast<T>(pooling_temperature)};
+  for (int64_t row = 0; row < problem.tokens.rows(); ++row) {
+    const T* w = problem.tokens.item(0) + row * stride;
+    problem.token_square.push_back(MPMA_FASTEST(similarity::dot<T>)(w, w, problem.tokens.width));
+  }
+  return problem;
+}
+
+Tensor token_patch_similarity(
+    const Tensor& tokens, const Tensor& patches, const std::optional<Tensor>& token_mask,
+    const std::optional<Tensor>& patch_mask, double attention_temperature, double pooling_temperature) {
+  const Tensor out = torch::stable::new_empty(tokens, {tokens.size(0), patches.size(0)}, compute_type(tokens));
+  const auto run = [&](auto number) {
+    using T = decltype(number);
+    const auto problem =
+        problem_of<T>(tokens, patches, token_mask, patch_mask, attention_temperature, pooling_temperature);
+    MPMA_FASTEST(similarity::forward<T>)(problem, out.mutable_data_ptr<T>());
+  };
+  compute_type(tokens) == ScalarType::Double ? run(double{}) : run(float{});
+  return out;
+}
+
+std::tuple<Tensor, Tensor> token_patch_similarity_backward(
+    const Tensor& grad_output, const Tensor& tokens, const Tensor& patches, const std::optional<Tensor>& token_mask,
+    const std::optional<Tensor>& patch_mask, double attention_temperature, double pooling_temperature,
+    bool need_tokens, bool need_patches) {
+  const auto run = [&](auto number) -> std::tuple<Tensor, Tensor> {
+    using T = decltype(number);
+    const auto problem =
+        problem_of<T>(tokens, patches, token_mask, patch_mask, attention_temperature, pooling_temperature);
+    const Tensor grad = torch::stable::contiguous(grad_output);
+    std::vector<T> of_tokens(need_tokens ? problem.tokens.rows() * problem.tokens.stride : 0);
+    std::vector<T> of_patches(need_patches ? problem.patches.rows() * problem.patches.stride : 0);
+    if (need_tokens || need_patches)
+      MPMA_FASTEST(similarity::backward<T>)(
+          problem, grad.const_data_ptr<T>(), need_tokens ? of_tokens.data() : nullptr,
+          need_patches ? of_patches.data() : nullptr);
+    return {
+        need_tokens ? problem.tokens.scatter(of_tokens.data(), tokens)
+                    : torch::stable::new_empty(tokens, {0}, tokens.scalar_type()),
+        need_patches ? problem.patches.scatter(of_patches.data(), patches)
+                     : torch::stable::new_empty(patches, {0}, patches.scalar_type())};
+  };
+  return compute_type(tokens) == ScalarType::Double ? run(double{}) : run(float{});
+}
+
+}  // namespace
+}  // namespace mpma::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(mpma, CPU, m) {
+  m.impl("token_patch_similarity", TORCH_BOX(&mpma::cpu::token_patch_similarity));
+  m.impl("token_patch_similarity_backward", TORCH_BOX(&mpma::cpu::token_patch_similarity_backward));
+}
