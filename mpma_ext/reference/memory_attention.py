@@ -60,5 +60,5 @@ def memory_attention(
 def best_slots(scores: torch.Tensor, topk: int) -> torch.Tensor:
     """Numbers of the `topk` largest of (R, H, N) scores, ascending; ties go to the lower number."""
     # Adding zero turns -0 into +0, which a radix sort would otherwise tell apart.
-    order = (scores + 0.0).sort(-1, descending=True, stable=True).indices
+    order = (scores + 0.0).sort(dim=-1, descending=True, stable=True).indices
     return order[..., :topk].sort(-1).values
