@@ -1,0 +1,109 @@
+"""Labels, draws and fits of the linear probe."""
+
+import numpy as np
+import pytest
+
+from mpma_train.evaluate.probe import (
+    FRACTIONS,
+    aurocs,
+    binary_targets,
+    draw_rows,
+    has_both_classes,
+    probe,
+)
+
+
+def test_targets_follow_the_benchmarks_convention():
+    nan = np.nan
+    labels = np.array([[1, 0, -1, nan], [nan, nan, nan, nan], [nan, 1, 0, 0]])
+    expected = [[1, 0, nan, 0], [nan, nan, nan, nan], [0, 1, 0, 0]]
+    np.testing.assert_array_equal(binary_targets(labels), expected)
+    with pytest.raises(ValueError, match=r"expected 1, 0, -1 or NaN, got 2\.0"):
+        binary_targets(np.array([[2.0]]))
+
+
+def rare_targets():
+    targets = np.zeros((400, 3), dtype=np.float32)
+    targets[7, 0] = 1  # one positive in 400
+    targets[:, 1] = 1
+    targets[[11, 12], 1] = 0  # two negatives
+    targets[::2, 2] = np.nan
+    targets[1::4, 2] = 1
+    return targets
+
+
+def test_draws_keep_both_classes_of_every_label():
+    targets = rare_targets()
+    for seed in range(20):
+        rows = draw_rows(targets, 1, seed)
+        assert len(rows) == len(set(rows)) == 4
+        assert has_both_classes(targets[rows]).all()
+        assert 7 in rows
+    assert len(draw_rows(targets, 10, 0)) == 40
+    np.testing.assert_array_equal(draw_rows(targets, 100, 0), np.arange(400))
+
+
+def test_draws_are_decided_by_the_seed_and_otherwise_even():
+    targets = rare_targets()
+    np.testing.assert_array_equal(draw_rows(targets, 10, 3), draw_rows(targets, 10, 3))
+    assert set(draw_rows(targets, 10, 3)) != set(draw_rows(targets, 10, 4))
+    counts = np.bincount(np.concatenate([draw_rows(targets, 10, s) for s in range(300)]))
+    common = np.delete(counts, [7, 11, 12])
+    # binomial(300, 0.1): mean 30, deviation 5.2; five deviations over 400 rows
+    assert 4 <= common.min()
+    assert common.max() <= 56
+
+
+def test_draw_grows_rather_than_lose_a_label():
+    targets = np.eye(6, dtype=np.float32)  # six labels, each positive in its own row
+    assert len(draw_rows(targets, 1, 0)) == 6
+
+
+def test_draw_names_labels_without_both_classes():
+    targets = np.array([[1, 0], [1, 1]], dtype=np.float32)
+    with pytest.raises(ValueError, match=r"labels \[0\] have no positive or no negative"):
+        draw_rows(targets, 100, 0)
+
+
+def test_auroc_by_hand_leaves_out_uncertain_rows():
+    targets = np.array([[1, 1], [0, 1], [1, 1], [np.nan, 1], [0, 1]])
+    scores = np.array([[0.9, 0], [0.8, 0], [0.3, 0], [-9.0, 0], [0.1, 0]])
+    areas = aurocs(targets, scores)
+    assert areas[0] == pytest.approx(3 / 4)  # of four pairs only (0.3, 0.8) is in the wrong order
+    assert np.isnan(areas[1])
+
+
+def separable(n, seed, *, signal):
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(n, 6)).astype(np.float32)
+    targets = (features[:, :2] + 0.3 * rng.normal(size=(n, 2)) > 0.5).astype(np.float32)
+    return features if signal else rng.normal(size=(n, 6)).astype(np.float32), targets
+
+
+@pytest.mark.parametrize("signal", [True, False])
+def test_probe_finds_signal_and_nothing_else(signal):
+    splits = [separable(n, seed, signal=signal) for seed, n in enumerate((600, 200, 400))]
+    found = probe(*splits, seed=0)
+    assert [found[p].shape for p in FRACTIONS] == [(3, 2), (3, 2), (1, 2)]
+    if signal:
+        assert found[100].min() > 0.95
+        assert found[1].mean() < found[10].mean() < found[100].mean()
+    else:
+        # 400 rows, a third positive: the AUROC of noise has a standard error of 0.031
+        assert abs(found[100] - 0.5).max() < 0.12
+    again = probe(*splits, seed=0)
+    assert all((found[p] == again[p]).all() for p in FRACTIONS)
+
+
+def test_probe_does_not_depend_on_feature_scale():
+    plain = [separable(n, seed, signal=True) for seed, n in enumerate((60, 100, 100))]
+    scaled = [(x * np.float32(1024) + np.float32(8), y) for x, y in plain]
+    np.testing.assert_allclose(probe(*plain, seed=0)[100], probe(*scaled, seed=0)[100], atol=0.01)
+
+
+def test_probe_refuses_splits_it_cannot_score():
+    train, validate, test = (separable(n, n, signal=True) for n in (60, 40, 50))
+    with pytest.raises(ValueError, match="validate: no label has both"):
+        probe(train, (validate[0], np.zeros((40, 2), np.float32)), test, seed=0)
+    with pytest.raises(ValueError, match="test: a label has no positive or no negative"):
+        probe(train, validate, (test[0], np.zeros((50, 2), np.float32)), seed=0)
