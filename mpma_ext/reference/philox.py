@@ -25,26 +25,38 @@ def philox_4x32(counter: Words, key_low: torch.Tensor | int, key_high: torch.Ten
     Returns:
         Four int64 tensors of the broadcast shape, values in [0, 2**32).
     """
-    c0, c1, c2, c3 = counter
+    device = counter[0].device
+    keys = (torch.as_tensor(key, device=device) for key in (key_low, key_high))
+    return _words(*torch.broadcast_tensors(*counter, *keys)).unbind(-1)
+
+
+# An operator of its own, so that a compiler leaves it alone: Inductor inlines the ten rounds into
+# every use, and takes the wrap-around of a signed product for impossible.
+@torch.library.custom_op("mpma::philox_4x32", mutates_args=())
+def _words(
+    c0: torch.Tensor,
+    c1: torch.Tensor,
+    c2: torch.Tensor,
+    c3: torch.Tensor,
+    key_low: torch.Tensor,
+    key_high: torch.Tensor,
+) -> torch.Tensor:
     for _ in range(_ROUNDS):
-        (high_0, low_0), (high_1, low_1) = (
-            _product(c0, _MULTIPLIERS[0]),
-            _product(c2, _MULTIPLIERS[1]),
+        # int64 products wrap modulo 2**64, which leaves the bits of the unsigned product.
+        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((second >> 32) & _MASK) ^ c1 ^ key_low,
+            second & _MASK,
+            ((first >> 32) & _MASK) ^ c3 ^ key_high,
+            first & _MASK,
         )
-        c0, c1, c2, c3 = high_1 ^ c1 ^ key_low, low_1, high_0 ^ c3 ^ key_high, low_0
         key_low, key_high = (key_low + _WEYL[0]) & _MASK, (key_high + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+    return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def _product(word: torch.Tensor, multiplier: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The high and the low 32 bits of a product of two 32-bit numbers.
-
-    The multiplier goes in halves: int64 cannot hold the whole product, and a compiler may take
-    signed overflow for impossible.
-    """
-    upper, lower = word * (multiplier >> 16), word * (multiplier & 0xFFFF)
-    middle = upper + (lower >> 16)
-    return middle >> 16, ((middle & 0xFFFF) << 16) | (lower & 0xFFFF)
+@_words.register_fake
+def _(c0, c1, c2, c3, key_low, key_high):
+    return c0.new_empty((*c0.shape, 4))
 
 
 def seed_tensor(seed: torch.Tensor | int | None, device: torch.device) -> torch.Tensor:
