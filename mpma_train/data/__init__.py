@@ -1,4 +1,4 @@
-"""Image-report pairs: readers of published data sets, the prepared store, and what training reads of it."""
+"""Image-report pairs: readers of published data sets, the prepared store, the training data set."""
 
 from .store import Store
 

@@ -1,7 +1,7 @@
 """Builds a prepared store from a manifest: decode, tokenizer, tables, and meta.json last.
 
-Decoding runs on threads (Pillow releases the interpreter's lock), keeps a record of what is done, and goes on
-from there when the same preparation is run again after an interruption.
+Decoding runs on threads (Pillow releases the interpreter's lock), keeps a record of what is done,
+and goes on from there when the same preparation is run again after an interruption.
 """
 
 from __future__ import annotations
@@ -288,7 +288,7 @@ def _label_counts(rows: pd.DataFrame) -> dict[str, dict[str, int]]:
 
 
 def _statistics(rows: pd.DataFrame, out: Path) -> tuple[float, float]:
-    """Mean and standard deviation of the training pixels in [0, 1], over an even sample of the images."""
+    """Mean and standard deviation of the training pixels in [0, 1], over evenly chosen images."""
     chosen = np.flatnonzero(rows["split"] == "train")
     if len(chosen) == 0:
         chosen = np.arange(len(rows))
@@ -308,6 +308,6 @@ def _summary(meta: dict, out: Path) -> str:
     parts = ", ".join(f"{name} {meta['splits'][name]['images']}" for name in SPLITS)
     counts = meta["counts"]
     return (
-        f"{out}: {counts['images']} pairs of {counts['studies']} studies and {counts['patients']} patients "
-        f"({parts}); {meta['skipped']['images']} skipped"
+        f"{out}: {counts['images']} pairs of {counts['studies']} studies and "
+        f"{counts['patients']} patients ({parts}); {meta['skipped']['images']} skipped"
     )

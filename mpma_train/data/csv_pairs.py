@@ -1,7 +1,9 @@
-"""Reads pairs from one CSV file: image_path, report_content [, patient_id, study_id, split, view, labels].
+"""Reads pairs from one CSV file.
 
-Labels stand either in a column `labels` (names parted by `|`; what is not named counts as negative) or in
-columns of their own, called `label/<Name>` or by a CheXpert name, with 1, 0, -1 or blank.
+Columns: image_path, report_content [, patient_id, study_id, split, view, labels].
+
+Labels stand either in a column `labels` (names parted by `|`; what is not named counts as negative)
+or in columns of their own, called `label/<Name>` or by a CheXpert name, with 1, 0, -1 or blank.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ SPLIT_NAMES = {name: name for name in SPLITS} | {"val": "validate", "valid": "va
 def read_csv_pairs(path: Path | str, *, seed: int = 0) -> Manifest:
     """Reads a CSV of pairs; image paths are relative to the CSV's folder.
 
-    Without a column `split`, patients are dealt 80/10/10 with `seed`; without a patient identifier, studies or
-    images are, and a warning says so. Reports with section headers are cut to impression and findings.
+    Without a column `split`, patients are dealt 80/10/10 with `seed`; without a patient identifier,
+    studies or images are, and a warning says so. Reports with section headers are cut to impression
+    and findings.
 
     Raises FileNotFoundError, or ValueError for a missing column or a patient in two splits.
     """

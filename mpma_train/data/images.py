@@ -1,7 +1,7 @@
 """Reads a radiograph from disk and brings it to the store's form: grey, 8 bits, square.
 
-JPEG and PNG go through Pillow, DICOM through pydicom (optional). Sixteen-bit data is windowed in numpy, as
-Pillow's own conversion to 8 bits clips at 255 instead of scaling.
+JPEG and PNG go through Pillow, DICOM through pydicom (optional). Sixteen-bit data is windowed in
+numpy, as Pillow's own conversion to 8 bits clips at 255 instead of scaling.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class UnreadableImageError(ValueError):
 def read_image(path: Path | str, side: int, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Reads a JPEG, PNG or DICOM file as a grey square, uint8 (side, side).
 
-    Raises UnreadableImageError with a reason for a missing, truncated, oversized or foreign file. An image of
-    more than `max_pixels` is refused from its header, before it is decoded.
+    Raises UnreadableImageError with a reason for a missing, truncated, oversized or foreign file.
+    An image of more than `max_pixels` is refused from its header, before it is decoded.
     """
     path = Path(path)
     try:
@@ -55,7 +55,7 @@ def fit_square(grey: np.ndarray, side: int) -> np.ndarray:
 
 
 def window(values: np.ndarray) -> np.ndarray:
-    """Maps an array of any real dtype linearly from its own smallest and largest value to uint8 0..255."""
+    """Maps real values linearly, from their own smallest and largest one, to uint8 0..255."""
     values = values.astype(np.float32)
     low, high = float(values.min()), float(values.max())
     if not np.isfinite(low) or not np.isfinite(high):
@@ -80,8 +80,8 @@ def _read_raster(path: Path, side: int, max_pixels: int) -> np.ndarray:
             _check_size(*image.size, max_pixels)
             if image.mode.startswith(("I", "F")):
                 return window(np.asarray(image))
-            # Lets the JPEG decoder leave out resolution nobody will see: several times faster. Twice the
-            # target keeps the resize below a true antialiased one.
+            # Lets the JPEG decoder leave out resolution nobody will see: several times faster.
+            # Twice the target keeps the resize below a true antialiased one.
             image.draft("L", (2 * side, 2 * side))
             return np.asarray(image.convert("L"))
     except UnreadableImageError:

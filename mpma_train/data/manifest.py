@@ -1,4 +1,4 @@
-"""What a reader hands to the preparation: one row an image, what was left out, and what was counted."""
+"""What a reader hands to the preparation: a row an image, what was left out and counted."""
 
 from __future__ import annotations
 
@@ -67,5 +67,6 @@ def check_split(rows: pd.DataFrame) -> None:
     number = int((crossing > 1).sum())
     if number:
         raise ValueError(
-            f"{number} of {len(crossing)} patients are in more than one split: a split must be by patient"
+            f"{number} of {len(crossing)} patients are in more than one split: "
+            "expected a split by patient"
         )

@@ -20,8 +20,8 @@ from .sections import clean, extract
 MAX_REPORT_BYTES = 1 << 20
 VIEW_OF_MEANING = {"postero-anterior": "PA", "antero-posterior": "AP"}
 DATA_USE = (
-    "MIMIC-CXR is credentialed: its data use agreement forbids sharing the data, and what is derived from it "
-    "(this store, its tokenizer, models trained on it) must be handled accordingly."
+    "MIMIC-CXR is credentialed: its data use agreement forbids sharing the data, and what is "
+    "derived from it (this store, its tokenizer, models trained on it) must be handled accordingly."
 )
 _COLUMNS = {
     "metadata": ("dicom_id", "subject_id", "study_id", "ViewPosition"),
@@ -82,7 +82,8 @@ def read_table(path: Path, needed: tuple[str, ...]) -> pd.DataFrame:
     missing = [name for name in needed if name not in table.columns]
     if missing:
         raise ValueError(
-            f"{path}: missing column {', '.join(missing)}; found {', '.join(map(str, table.columns))}"
+            f"{path}: missing column {', '.join(missing)}; "
+            f"found {', '.join(map(str, table.columns))}"
         )
     return table
 

@@ -1,4 +1,4 @@
-"""`mpma prepare synthetic | mimic-cxr | csv`: turns images and reports on disk into a prepared store."""
+"""`mpma prepare synthetic | mimic-cxr | csv`: from images and reports to a prepared store."""
 
 from __future__ import annotations
 

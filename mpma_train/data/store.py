@@ -72,7 +72,7 @@ class Store:
 
     @cached_property
     def pairs(self) -> pd.DataFrame:
-        """One row an image: identifiers, `view`, `split`, `report`, and `label/<Name>` float32 columns.
+        """One row an image: identifiers, `view`, `split`, `report`, float32 `label/<Name>`.
 
         A label is 1 positive, 0 negative, -1 uncertain, NaN not mentioned.
         """
@@ -90,7 +90,7 @@ class Store:
         return tuple(name.removeprefix(LABEL_PREFIX) for name in columns)
 
     def rows(self, split: str) -> np.ndarray:
-        """Row numbers of one split, int64 (n,), ascending; ValueError for an unknown split's name."""
+        """Row numbers of one split, int64 (n,), ascending; ValueError for an unknown name."""
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         return np.flatnonzero(self.pairs["split"].to_numpy() == split)
@@ -119,8 +119,8 @@ class ImageWriter:
         folder: the store's directory.
         count: number of rows planned.
         side: side of an image in pixels.
-        fingerprint: hash of everything the images depend on. A later writer with the same fingerprint goes on
-            where this one stopped; another one starts afresh.
+        fingerprint: hash of everything the images depend on. A later writer with the same
+            fingerprint goes on where this one stopped; another one starts afresh.
     """
 
     def __init__(self, folder: Path, count: int, side: int, fingerprint: str):

@@ -1,4 +1,4 @@
-"""The store's tokenizer: WordPiece trained on the training reports, or a pretrained one from a directory."""
+"""The store's tokenizer: WordPiece trained on the training reports, or a pretrained one."""
 
 from __future__ import annotations
 
@@ -41,10 +41,11 @@ def train_tokenizer(reports: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def pretrained_tokenizer(folder: Path | str) -> Tokenizer:
-    """Takes the tokenizer of a BERT-like model from a local directory with tokenizer.json or vocab.txt.
+    """Takes the tokenizer of a BERT-like model from a directory: tokenizer.json or vocab.txt.
 
-    Raises FileNotFoundError where there is none, ValueError where it lacks one of BERT's special tokens. Only
-    these two files and tokenizer_config.json are read; nothing of the directory is run.
+    Raises FileNotFoundError where there is none, ValueError where it lacks one of BERT's special
+    tokens. Only these two files and tokenizer_config.json are read; nothing of the directory is
+    run.
     """
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
@@ -67,13 +68,14 @@ def pretrained_tokenizer(folder: Path | str) -> Tokenizer:
     missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
     if missing:
         raise ValueError(
-            f"the tokenizer in {folder} lacks {', '.join(missing)}: expected one with BERT's special tokens"
+            f"the tokenizer in {folder} lacks {', '.join(missing)}: "
+            "expected one with BERT's special tokens"
         )
     return _finish(tokenizer)
 
 
 def load_tokenizer(path: Path | str) -> PreTrainedTokenizerFast:
-    """Opens a store's tokenizer.json as a transformers tokenizer, with `___` among its special tokens."""
+    """Opens a store's tokenizer.json for transformers, with `___` among its special tokens."""
     from transformers import PreTrainedTokenizerFast
 
     names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
@@ -95,7 +97,8 @@ def _word_piece(model: models.WordPiece, *, lowercase: bool) -> Tokenizer:
 
 def _finish(tokenizer: Tokenizer) -> Tokenizer:
     """Adds `___` as one token and the [CLS] ... [SEP] frame."""
-    # A special added token is cut out before the pre-tokenizer would split it into three underscores.
+    # A special added token is cut out before the pre-tokenizer would split it into three
+    # underscores.
     tokenizer.add_special_tokens([AddedToken(PLACEHOLDER, normalized=False)])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",

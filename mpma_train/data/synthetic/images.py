@@ -1,13 +1,14 @@
-"""Draws a scene as a frontal radiograph: attenuation fields in body coordinates, then exposure and noise.
+"""Draws a scene as a frontal radiograph: attenuation in body coordinates, exposure, noise.
 
-Body coordinates: x from -1 (the patient's right, at the left of the image) to 1, y from -1 (neck) to 1
-(abdomen). Everything is a vectorised expression on two coordinate grids, so one image takes a few
-milliseconds. Bright is dense, as in MONOCHROME2.
+Body coordinates: x from -1 (the patient's right, at the left of the image) to 1, y from -1 (neck)
+to 1 (abdomen). Everything is a vectorised expression on two coordinate grids, so one image takes a
+few milliseconds. Bright is dense, as in MONOCHROME2.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from PIL import Image
@@ -30,7 +31,7 @@ def _bump(squared: Field) -> Field:
 
 @dataclass
 class _Lung:
-    """One lung in its own coordinates: `across` from the midline outwards, `depth` 0 apex to 1 base."""
+    """One lung: `across` from the midline outwards, `depth` from 0 (apex) to 1 (base)."""
 
     across: Field
     depth: Field
@@ -61,12 +62,12 @@ class _Canvas:
         self.scene, self.rng = scene, rng
         height, width = int(rng.integers(208, 257)), int(rng.integers(208, 257))
         self.shape = (height, width)
-        angle = np.deg2rad(rng.normal(0, 3.5))
-        scale = rng.uniform(0.8, 1.1) * min(height, width) / 2
+        angle = np.deg2rad(rng.normal(0, 1.5))
+        scale = rng.uniform(0.97, 1.12) * min(height, width) / 2
         rows = (np.arange(height, dtype=np.float32) - height / 2)[:, None] / scale
         columns = (np.arange(width, dtype=np.float32) - width / 2)[None, :] / scale
-        rows = rows - np.float32(rng.uniform(-0.13, 0.13))
-        columns = columns - np.float32(rng.uniform(-0.13, 0.13))
+        rows = rows - np.float32(rng.uniform(-0.05, 0.05))
+        columns = columns - np.float32(rng.uniform(-0.05, 0.05))
         cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))
         self.x = (columns * cosine + rows * sine) / np.float32(scene.build.width)
         self.y = (rows * cosine - columns * sine) / np.float32(scene.build.height)
@@ -75,7 +76,7 @@ class _Canvas:
 
     def _lay_out(self) -> None:
         scene, rng = self.scene, self.rng
-        turn = {"": 0.0, "right": -0.1, "left": 0.1}[scene.rotation]
+        turn = {"": 0.0, "right": -0.07, "left": 0.07}[scene.rotation]
         curve = scene.build.scoliosis * np.sin(np.pi * np.clip((self.y + 1) / 1.8, 0, 1))
         self.midline = self.x - (turn * 0.9 + curve)
         base = {"low": 0.3, "normal": 0.5, "deep": 0.68}[scene.inspiration] + rng.uniform(
@@ -133,15 +134,15 @@ class _Canvas:
             (y - self.heart_base + 0.24) / (0.3 + 0.12 * self.heart_width),
         )
         self.heart = _ramp(1 - heart, 0.12) * body
-        density += 0.26 * self.heart * np.maximum(self.air, 0.35)
+        density += 0.26 * self.heart * np.maximum(self.air, 0.15)
         density += self._bones(body)
         hilum = sum(
             _bump(((lung.across - 0.2) / 0.16) ** 2 + ((y + 0.06) / 0.24) ** 2)
             for lung in self.lungs.values()
         )
-        vessels = np.maximum(self.clouds(34), 0) * (0.025 + 0.07 * hilum) + 0.07 * hilum
+        vessels = np.maximum(self.clouds(34), 0) * (0.02 + 0.05 * hilum) + 0.06 * hilum
         density += vessels * self.air
-        density += (0.035 * self.clouds(5) + 0.022 * self.clouds(12)) * body
+        density += (0.022 * self.clouds(5) + 0.016 * self.clouds(12)) * body
         bubble = np.hypot((x - 0.4) / 0.17, (y - self.heart_base - 0.32) / 0.09)
         density -= rng.choice((0, 0.18)) * _ramp(1 - bubble, 0.4)
         return density
@@ -157,7 +158,7 @@ class _Canvas:
         cage = _ramp(0.92 - across, 0.1) * _ramp(y + 0.85, 0.2) * _ramp(0.75 - y, 0.3)
         tilt = 0.12 * rng.uniform(0.4, 1.6)
         clavicle = np.abs(y + 0.66 + tilt * (0.5 - across)) + 10 * np.maximum(across - 0.8, 0)
-        bones = ribs * cage * rng.uniform(0.5, 1.3)
+        bones = ribs * cage * rng.uniform(0.4, 1.0)
         return (bones + 0.09 * _bump((clavicle / 0.045) ** 2) * (across > 0.06)) * body
 
 
@@ -171,28 +172,28 @@ def _opacity(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
     far = np.hypot((lung.across - across) * shape, (canvas.y - y) / shape) / radius
     ragged = far + 0.16 * canvas.clouds(18)
     cloud = _bump(ragged**2 * 0.9) * np.maximum(canvas.air, 0.1)
-    return rng.uniform(0.17, 0.26) * cloud * (1 + 0.2 * canvas.clouds(30)), cloud > 0.4
+    return rng.uniform(0.28, 0.38) * cloud * (1 + 0.2 * canvas.clouds(30)), cloud > 0.4
 
 
 def _lesion(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
     lung, rng = canvas.lungs[finding.side], canvas.rng
     across, y = lung.point(rng, finding.zone, _clear_of_heart(canvas, finding))
-    radius = {"small": 0.055, "moderate": 0.085, "large": 0.13}[finding.size]
+    radius = {"small": 0.07, "moderate": 0.105, "large": 0.155}[finding.size]
     radius *= rng.uniform(0.92, 1.08)
     ball = _ramp(radius - np.hypot(lung.across - across, canvas.y - y), 0.03)
-    return rng.uniform(0.22, 0.32) * ball, ball > 0.5
+    return rng.uniform(0.36, 0.48) * ball, ball > 0.5
 
 
 def _atelectasis(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
     lung, rng = canvas.lungs[finding.side], canvas.rng
     across, y = lung.point(rng, finding.zone, _clear_of_heart(canvas, finding))
     length = {"small": 0.14, "moderate": 0.21, "large": 0.28}[finding.size]
-    thick = {"small": 0.028, "moderate": 0.036, "large": 0.048}[finding.size]
+    thick = {"small": 0.036, "moderate": 0.046, "large": 0.06}[finding.size]
     lean = rng.uniform(-0.5, 0.5)
     along = lung.across - across + lean * (canvas.y - y)
     away = canvas.y - y - lean * (lung.across - across)
     band = _bump((away / thick) ** 2) * _ramp(length - np.abs(along), 0.06) * (canvas.air > 0.2)
-    return rng.uniform(0.2, 0.3) * band, band > 0.4
+    return rng.uniform(0.34, 0.46) * band, band > 0.4
 
 
 def _effusion(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
@@ -210,12 +211,12 @@ def _effusion(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
             fluid = fluid * _ramp(lung.across - 0.42, 0.2)
         fluid = fluid * _ramp(lung.distance, 0.07)
         total = np.maximum(total, fluid)
-    return rng.uniform(0.27, 0.34) * total, total > 0.5
+    return rng.uniform(0.3, 0.36) * total * (1 - 0.7 * canvas.heart), total > 0.5
 
 
 def _pneumothorax(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
     lung, rng = canvas.lungs[finding.side], canvas.rng
-    gap = {"small": 0.1, "moderate": 0.18, "large": 0.3}[finding.size] * rng.uniform(0.93, 1.07)
+    gap = {"small": 0.12, "moderate": 0.21, "large": 0.34}[finding.size] * rng.uniform(0.93, 1.07)
     lateral = lung.lateral(lung.depth) - lung.across
     apical = canvas.y - lung.apex - 0.9 * (lung.across - 0.36 * lung.width) ** 2
     if finding.zone == "apical":
@@ -225,15 +226,15 @@ def _pneumothorax(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
     inside = _ramp(lung.distance, 0.05)
     gas = _ramp(-inward, 0.03) * inside
     line = _bump((inward / 0.022) ** 2) * inside
-    collapse = 0.07 * {"small": 0.4, "moderate": 0.8, "large": 1.3}[finding.size]
+    collapse = 0.1 * {"small": 0.4, "moderate": 0.8, "large": 1.3}[finding.size]
     shrunk = inside * (1 - gas)
-    return 0.17 * line + collapse * shrunk - rng.uniform(0.13, 0.18) * gas, (gas > 0.5)
+    return 0.17 * line + collapse * shrunk - rng.uniform(0.19, 0.25) * gas, (gas > 0.5)
 
 
 def _stroke(canvas: _Canvas, points: list[tuple[float, float]], width: float) -> Field:
     """A polyline in (midline, y) coordinates."""
     nearest = np.full(canvas.shape, np.inf, np.float32)
-    for (x0, y0), (x1, y1) in zip(points[:-1], points[1:], strict=True):
+    for (x0, y0), (x1, y1) in pairwise(points):
         dx, dy = x1 - x0, y1 - y0
         along = ((canvas.midline - x0) * dx + (canvas.y - y0) * dy) / (dx * dx + dy * dy)
         along = np.clip(along, 0, 1)
@@ -247,24 +248,24 @@ def _device(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
     sign = -1.0 if finding.side == "right" else 1.0
     shift = rng.uniform(-0.04, 0.04)
     if finding.device == "endotracheal tube":
-        drawn = _stroke(canvas, [(shift, -1.3), (shift / 2, -0.32 + shift)], 0.028)
+        drawn = _stroke(canvas, [(shift, -1.3), (shift / 2, -0.32 + shift)], 0.034)
     elif finding.device == "nasogastric tube":
         way = [(shift, -1.3), (0.03, 0.1), (0.1, canvas.heart_base + 0.1)]
-        drawn = _stroke(canvas, [*way, (0.42 + shift, canvas.heart_base + 0.3)], 0.02)
+        drawn = _stroke(canvas, [*way, (0.42 + shift, canvas.heart_base + 0.3)], 0.028)
     elif finding.device == "central line":
         way = [(sign * 0.36, -1.05), (sign * 0.3, -0.7), (-0.1, -0.45)]
-        drawn = _stroke(canvas, [*way, (-0.13, 0.0 + 2 * shift)], 0.02)
+        drawn = _stroke(canvas, [*way, (-0.13, 0.0 + 2 * shift)], 0.028)
     elif finding.device == "chest tube":
         high = rng.uniform(-0.5, -0.25)
         way = [(sign * 1.05, 0.28), (sign * 0.66, 0.12), (sign * 0.46, high)]
-        drawn = _stroke(canvas, way, 0.03)
+        drawn = _stroke(canvas, way, 0.036)
     else:
         x, y = sign * (0.56 + shift), -0.52 + shift
         box = np.maximum(np.abs(canvas.midline - x) / 0.14, np.abs(canvas.y - y) / 0.1)
         way = [(x, y), (sign * 0.2, -0.6), (-0.1, -0.4), (-0.12, 0.0)]
-        lead = _stroke(canvas, [*way, (0.22, canvas.heart_base - 0.1)], 0.018)
+        lead = _stroke(canvas, [*way, (0.22, canvas.heart_base - 0.1)], 0.024)
         drawn = np.maximum(_ramp(1 - box, 0.25), lead)
-    return rng.uniform(0.26, 0.36) * drawn, drawn > 0.5
+    return rng.uniform(0.42, 0.55) * drawn, drawn > 0.5
 
 
 def _cardiomegaly(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
@@ -292,14 +293,14 @@ _DRAWINGS = {
 def _expose(canvas: _Canvas, density: Field) -> np.ndarray:
     """Turns attenuation into grey values as different tubes, tables and windows would."""
     rng = canvas.rng
-    tilt = rng.normal(0, 0.07, 2)
-    density = density + tilt[0] * canvas.x + tilt[1] * canvas.y + 0.04 * canvas.clouds(3)
-    low = rng.uniform(-0.12, 0.12)
-    high = rng.uniform(0.72, 1.08)
-    grey = np.clip((density - low) / (high - low), 0, 1) ** rng.uniform(0.6, 1.6)
-    grain = rng.uniform(0.01, 0.045)
+    tilt = rng.normal(0, 0.04, 2)
+    density = density + tilt[0] * canvas.x + tilt[1] * canvas.y + 0.02 * canvas.clouds(3)
+    low = rng.uniform(-0.08, 0.08)
+    high = rng.uniform(0.8, 1.05)
+    grey = np.clip((density - low) / (high - low), 0, 1) ** rng.uniform(0.75, 1.3)
+    grain = rng.uniform(0.005, 0.03)
     grey += grain * rng.standard_normal(canvas.shape, dtype=np.float32)
-    bright, floor = rng.uniform(0.75, 1.0), rng.uniform(0, 0.1)
+    bright, floor = rng.uniform(0.85, 1.0), rng.uniform(0, 0.08)
     grey = floor + (bright - floor) * grey
     if rng.random() < 0.25:
         edges = rng.integers(0, 14, 4)
@@ -311,8 +312,8 @@ def _expose(canvas: _Canvas, density: Field) -> np.ndarray:
 def draw(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
     """Draws one radiograph of a scene.
 
-    Returns the image, uint8 (H, W) with sides of 208 to 256 pixels, and one bool (H, W) mask for each
-    of `scene.findings`, in their order.
+    Returns the image, uint8 (H, W) with sides of 208 to 256 pixels, and one bool (H, W) mask for
+    each of `scene.findings`, in their order.
     """
     canvas = _Canvas(scene, rng)
     density = canvas.anatomy()

@@ -1,4 +1,4 @@
-"""Question-answer pairs on a scene, in the form of VQA-RAD: closed (yes/no, a choice) and open ones."""
+"""Question-answer pairs on a scene, in the form of VQA-RAD: closed (yes, no) and open ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = {
 
 
 def ask(scene: Scene, rng: np.random.Generator) -> list[dict[str, str]]:
-    """Questions on one scene, with `question`, `answer`, `answer_type` (OPEN or CLOSED), `question_type`."""
+    """Questions on one scene: `question`, `answer`, `answer_type` (OPEN, CLOSED) and kind."""
 
     def entry(kind: str, question: str, answer: str) -> dict[str, str]:
         closed = answer in ("yes", "no")

@@ -1,8 +1,9 @@
 """Words a scene as a free-text radiology report, from a small grammar.
 
-A report states each finding with its side, zone and degree at least once, denies some absent findings,
-describes some of the patient's build and of how the picture was taken, and adds sentences that no picture
-could settle. The labels returned beside it follow what the report says, as a labeller of reports would.
+A report states each finding with its side, zone and degree at least once, denies some absent
+findings, describes some of the patient's build and of how the picture was taken, and adds sentences
+that no picture could settle. The labels returned beside it follow what the report says, as a
+labeller of reports would.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from .scene import NO_FINDING, Finding, Scene
 
 SIZE_WORDS = {
     "small": ("small", "tiny", "minimal"),
-    "moderate": ("moderate", "moderately sized", "medium sized"),
-    "large": ("large", "extensive", "sizeable"),
-    "mild": ("mild", "slight", "mildly increased"),
+    "moderate": ("moderate", "medium", "intermediate"),
+    "large": ("large", "extensive", "considerable"),
+    "mild": ("mild", "slight", "minor"),
     "severe": ("severe", "marked", "massive"),
 }
 ZONE_WORDS = {
@@ -26,39 +27,39 @@ ZONE_WORDS = {
 
 FINDING_SENTENCES = {
     "Lung Opacity": (
-        "There is a {size} hazy opacity in the {side} {zone}.",
-        "A {size} area of increased opacification projects over the {side} {zone}.",
+        "There is {size} hazy opacity in the {side} {zone}.",
+        "{Size} area of increased opacification projects over the {side} {zone}.",
         "{Size} ill-defined airspace opacity is seen in the {side} {zone}.",
-        "In the {side} {zone} there is a {size} patchy opacity.",
+        "Patchy opacity in the {side} {zone}, {size} in extent.",
         "New {size} {side} {zone} opacity.",
     ),
     "Lung Lesion": (
-        "There is a {size} nodule in the {side} {zone}.",
-        "A {size} round, well circumscribed lesion is seen in the {side} {zone}.",
+        "Nodule of {size} size in the {side} {zone}.",
+        "{Size} round, well circumscribed lesion is seen in the {side} {zone}.",
         "{Size} nodular density projecting over the {side} {zone}.",
-        "In the {side} {zone} a {size} pulmonary nodule is noted.",
+        "In the {side} {zone}, pulmonary nodule of {size} size.",
         "{Side} {zone} nodule, {size} in size.",
     ),
     "Atelectasis": (
         "There is {size} linear atelectasis in the {side} {zone}.",
         "{Size} band of plate-like atelectasis in the {side} {zone}.",
-        "A {size} streaky density in the {side} {zone} is compatible with atelectasis.",
+        "{Size} streaky density in the {side} {zone} is compatible with atelectasis.",
         "{Side} {zone} subsegmental atelectasis, {size}.",
         "Discoid atelectasis of {size} extent is present in the {side} {zone}.",
     ),
     "Pleural Effusion": (
-        "There is a {size} {side} pleural effusion.",
+        "Pleural effusion on the {side}, {size} in amount.",
         "{Size} {side} pleural effusion.",
-        "{Side} costophrenic angle is obscured by a {size} effusion.",
-        "A {size} amount of pleural fluid is present on the {side}.",
+        "{Side} costophrenic angle is obscured by {size} effusion.",
+        "{Size} amount of pleural fluid is present on the {side}.",
         "{Size} layering effusion, {side}.",
     ),
     "Pneumothorax": (
-        "There is a {size} {side} {zone} pneumothorax.",
+        "There is {size} {side} {zone} pneumothorax.",
         "{Size} {zone} pneumothorax on the {side}.",
-        "A pleural line is seen, consistent with a {size} {side} pneumothorax, mostly {zone}.",
+        "A pleural line is seen, consistent with {size} {side} pneumothorax, mostly {zone}.",
         "{Side} {zone} pneumothorax, {size}.",
-        "The {side} lung is partly collapsed by a {size} {zone} pneumothorax.",
+        "The {side} lung is partly collapsed by {size} {zone} pneumothorax.",
     ),
     "Cardiomegaly": (
         "There is {size} cardiomegaly.",
@@ -106,7 +107,7 @@ SHORT_NAMES = {
 NEGATIONS = {
     "Pleural Effusion": ("No pleural effusion.", "There is no effusion.", "No pleural fluid."),
     "Pneumothorax": ("No pneumothorax.", "There is no evidence of pneumothorax."),
-    "Lung Opacity": ("No focal opacity.", "No airspace opacity is seen.", "The lungs are clear."),
+    "Lung Opacity": ("No focal opacity.", "No airspace opacity is seen."),
     "Lung Lesion": ("No pulmonary nodule.", "No suspicious nodule or mass."),
     "Atelectasis": ("No atelectasis.", "There is no atelectasis."),
     "Cardiomegaly": ("No cardiomegaly.", "The heart is not enlarged."),
@@ -153,6 +154,7 @@ IRRELEVANT = (
 CLEAR_IMPRESSIONS = (
     "No acute cardiopulmonary process.",
     "Normal chest radiograph.",
+    "The lungs are clear.",
     "No acute intrathoracic abnormality.",
     "No acute disease.",
 )
@@ -188,7 +190,7 @@ def _state(rng: np.random.Generator, finding: Finding) -> str:
 
 
 def _describe_build(rng: np.random.Generator, scene: Scene) -> list[str]:
-    """Sentences on what differs between patients and pictures; the unusual is mentioned more often."""
+    """What differs between patients and pictures; the unusual is mentioned more often."""
 
     def sided(templates, side):
         return _pick(rng, templates).format(side=side, Side=_capital(side))
@@ -227,8 +229,9 @@ def write_report(
 ) -> tuple[dict[str, list[str]], dict[str, float]]:
     """Words a scene.
 
-    Returns the sentences of the report by section (`findings`, `impression`; one may be missing) and the
-    labels the report supports: 1.0 stated, 0.0 denied, -1.0 left open; others are not mentioned.
+    Returns the sentences of the report by section (`findings`, `impression`; one may be missing)
+    and the labels the report supports: 1.0 stated, 0.0 denied, -1.0 left open; others are not
+    mentioned.
     """
     labels = {label: 1.0 for label in scene.labels}
     stated = [_state(rng, finding) for finding in scene.findings]
@@ -236,13 +239,13 @@ def write_report(
     absent = [name for name in NEGATIONS if name not in labels]
     if scene.heart_word == "borderline":
         absent.remove("Cardiomegaly")
-    for name in rng.permutation(absent)[: int(rng.integers(1, 4))]:
+    for name in rng.permutation(absent)[: int(rng.integers(2, 5))]:
         body.append(_pick(rng, NEGATIONS[name]))
         labels[str(name)] = 0.0
     if "Lung Opacity" in scene.labels and "Pneumonia" not in labels and rng.random() < 0.25:
         body.append(_pick(rng, UNCERTAIN_PNEUMONIA))
         labels["Pneumonia"] = -1.0
-    for _ in range(int(rng.integers(0, 2))):
+    for _ in range(int(rng.integers(0, 3))):
         body.append(_pick(rng, IRRELEVANT))
     body = [str(sentence) for sentence in rng.permutation(body)]
     place = int(rng.integers(0, len(body) + 1))

@@ -1,7 +1,7 @@
-"""What one made-up study shows: its findings and the patient's build, drawn before any pixel or word.
+"""What one made-up study shows, drawn before any pixel or word: findings, build, exposure.
 
-Both the image and the report are rendered from the same `Scene`, so what the report states (side, zone,
-degree, device, depth of inspiration ...) is what the image shows.
+Both the image and the report are rendered from the same `Scene`, so what the report states (side,
+zone, degree, device, depth of inspiration ...) is what the image shows.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ def sample_build(rng: np.random.Generator) -> Build:
     """Draws the build of one patient."""
     has_curve, has_knob = rng.random(2) < (0.18, 0.2)
     return Build(
-        width=float(rng.uniform(0.86, 1.12)),
-        height=float(rng.uniform(0.9, 1.1)),
-        scoliosis=float(rng.choice((-1, 1)) * rng.uniform(0.1, 0.17)) if has_curve else 0.0,
+        width=float(rng.uniform(0.94, 1.07)),
+        height=float(rng.uniform(0.94, 1.06)),
+        scoliosis=float(rng.choice((-1, 1)) * rng.uniform(0.07, 0.12)) if has_curve else 0.0,
         aortic_knob=float(rng.uniform(0.09, 0.13)) if has_knob else float(rng.uniform(0, 0.03)),
         sex=_choice(rng, ("man", "woman")),
         age=int(rng.integers(19, 90)),

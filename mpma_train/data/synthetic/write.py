@@ -3,9 +3,9 @@
     files/p10/p10000032/s50000001/<dicom_id>.jpg          images
     files/p10/p10000032/s50000001.txt                     free-text reports
     mimic-cxr-2.0.0-{metadata,split,chexpert}.csv.gz      tables, gzipped as they are published
-    masks/<dicom_id>_<finding>.png, masks.csv             where each finding was drawn (not in MIMIC)
-    questions.json                                        question-answer pairs (not in MIMIC)
-    synthetic.json                                        what was asked for; written last
+    masks/<dicom_id>_<finding>.png, masks.csv             where each finding was drawn
+    questions.json                                        question-answer pairs
+    synthetic.json                                        what was asked for; completed last
 
 The same seed and library versions give the same bytes, on any number of worker processes.
 """
@@ -67,7 +67,7 @@ def plan_studies(pairs: int, seed: int) -> list[dict]:
 
 
 def _free_text(scene: Scene, sections: dict[str, list[str]], rng: np.random.Generator) -> str:
-    """The report as a file: headers, indication, wrapped paragraphs, now and then what must be dropped."""
+    """The report as a file: headers, wrapped paragraphs, now and then what must be dropped."""
 
     def paragraph(words: str) -> str:
         return textwrap.fill(words, 76, initial_indent=" ", subsequent_indent=" ")
