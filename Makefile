@@ -1,0 +1,59 @@
+# The list of commands. Everything happens in .venv, which `make install` makes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA := data/synthetic
+RUN := runs/tiny
+# Any options of pip, such as --extra-index-url for another build of torch.
+PIP_OPTIONS ?=
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_OPTIONS)
+
+.PHONY: help install pretrain test lint clean
+
+help:
+	@echo "make install    make .venv, install the project in it and build the extension"
+	@echo "make pretrain   from nothing to a pretrained, evaluated model on synthetic data"
+	@echo "make test       run all tests"
+	@echo "make lint       check style and formatting"
+	@echo "make clean      remove the environments and what was built; data and runs stay"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+	@echo "== environment and dependencies (a few minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch numpy setuptools wheel ninja
+	@# A CUDA build of torch has just brought its own Triton; beside a CPU build, add one.
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP_INSTALL) triton==3.6.0
+	@echo "== the project and its extension"
+	$(PIP_INSTALL) --no-build-isolation --editable ".[dev]"
+	$(BIN)/python -m mpma_ext
+	touch $@
+
+pretrain: install
+	@echo "== data"
+	$(BIN)/mpma prepare synthetic --out $(DATA) --pairs 2400 --seed 0 --side 128
+	@echo "== pretraining"
+	$(BIN)/mpma pretrain mpma_train/configs/tiny.yaml --data $(DATA) --output_dir $(RUN)
+	@echo "== evaluation on held-out pairs"
+	$(BIN)/mpma evaluate retrieval --model $(RUN) --data $(DATA) > /dev/null
+	$(BIN)/mpma evaluate linear --model $(RUN) --data $(DATA) > /dev/null
+	$(BIN)/mpma evaluate reconstruct --model $(RUN) --data $(DATA) > /dev/null
+	$(BIN)/python -m mpma_train.evaluate.summary $(RUN)
+
+# Two workers of one thread each: the tests are many and small.
+test: install .venv-timm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+# timm needs torchvision, which does not load beside a CPU build of torch without help.
+.venv-timm: tests/timm_env/make_env.py $(VENV)/.installed
+	$(BIN)/python tests/timm_env/make_env.py $@
+	touch $@
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .venv-timm build *.egg-info mpma_ext/*.so
