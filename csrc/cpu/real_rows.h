@@ -11,7 +11,7 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/parallel.h"
+#include "cpu/buffer.h"
 
 namespace mpma::cpu {
 
@@ -33,9 +33,8 @@ struct RealRows {
   std::vector<int32_t> position;         // where in its item each row stood
   Buffer<T> data;
 
-  // tensor has the type T.
-  RealRows(const Tensor& tensor, const std::optional<Tensor>& mask, int64_t stride)
-      : RealRows(tensor, positions(tensor, mask), stride) {}
+  RealRows(const Tensor& operand, const std::optional<Tensor>& mask, int64_t stride)
+      : RealRows(in_type(operand, compute_type(operand)), positions(operand, mask), stride) {}
 
   int64_t rows() const { return start[items]; }
   int64_t count(int64_t item) const { return start[item + 1] - start[item]; }
@@ -45,6 +44,24 @@ struct RealRows {
     int64_t largest = 0;
     for (int64_t i = 0; i < items; ++i) largest = std::max(largest, count(i));
     return largest;
+  }
+
+  // The number of the row that stood at each position of each item, -1 where masked.
+  std::vector<int64_t> row_of_position() const {
+    std::vector<int64_t> rows_of(items * length, -1);
+    for (int64_t i = 0; i < items; ++i)
+      for (int64_t row = start[i]; row < start[i + 1]; ++row) rows_of[i * length + position[row]] = row;
+    return rows_of;
+  }
+
+  // Rows of an item to columns: out (width, distance), zeros in the columns up to the next whole group of 16.
+  void transpose(int64_t i, T* out, int64_t distance) const {
+    const int64_t columns = count(i), group = (columns + 15) / 16 * 16;
+    for (int64_t d = 0; d < width; ++d) {
+      T* to = out + d * distance;
+      for (int64_t p = 0; p < columns; ++p) to[p] = item(i)[p * stride + d];
+      std::fill(to + columns, to + group, T(0));
+    }
   }
 
   // Rows laid out as these, written where they stood in a new tensor of the operand's shape, with zeros elsewhere.

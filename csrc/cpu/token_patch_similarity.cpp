@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "cpu/real_rows.h"
+#include "cpu/similarity_arguments.h"
 
 namespace mpma {
 
@@ -27,17 +27,17 @@ template <class T>
 SimilarityProblem<T> problem_of(
     const Tensor& tokens, const Tensor& patches, const std::optional<Tensor>& token_mask,
     const std::optional<Tensor>& patch_mask, double attention_temperature, double pooling_temperature) {
+  check_operands(tokens, patches, token_mask, patch_mask);
   const int64_t stride = portable::row_distance(tokens.size(2));
-  const ScalarType type = compute_type(tokens);
   SimilarityProblem<T> problem{
-      RealRows<T>(in_type(tokens, type), token_mask, stride),
-      RealRows<T>(in_type(patches, type), patch_mask, stride),
+      RealRows<T>(tokens, token_mask, stride),
+      RealRows<T>(patches, patch_mask, stride),
       {},
       static_cast<T>(attention_temperature),
       static_cast<T>(pooling_temperature)};
   for (int64_t row = 0; row < problem.tokens.rows(); ++row) {
     const T* w = problem.tokens.item(0) + row * stride;
-    problem.token_square.push_back(MPMA_FASTEST(similarity::dot<T>)(w, w, problem.tokens.width));
+    problem.token_square.push_back(portable::similarity::dot(w, w, problem.tokens.width));
   }
   return problem;
 }
@@ -45,39 +45,39 @@ SimilarityProblem<T> problem_of(
 Tensor token_patch_similarity(
     const Tensor& tokens, const Tensor& patches, const std::optional<Tensor>& token_mask,
     const std::optional<Tensor>& patch_mask, double attention_temperature, double pooling_temperature) {
-  const Tensor out = torch::stable::new_empty(tokens, {tokens.size(0), patches.size(0)}, compute_type(tokens));
-  const auto run = [&](auto number) {
+  const auto run = [&](auto number, auto forward) {
     using T = decltype(number);
     const auto problem =
         problem_of<T>(tokens, patches, token_mask, patch_mask, attention_temperature, pooling_temperature);
-    MPMA_FASTEST(similarity::forward<T>)(problem, out.mutable_data_ptr<T>());
+    const Tensor out = torch::stable::new_empty(tokens, {tokens.size(0), patches.size(0)}, compute_type(tokens));
+    forward(problem, out.mutable_data_ptr<T>());
+    return out;
   };
-  compute_type(tokens) == ScalarType::Double ? run(double{}) : run(float{});
-  return out;
+  return compute_type(tokens) == ScalarType::Double ? run(double{}, &portable::similarity::forward<double>)
+                                                    : run(float{}, MPMA_FASTEST(similarity::forward<float>));
 }
 
 std::tuple<Tensor, Tensor> token_patch_similarity_backward(
     const Tensor& grad_output, const Tensor& tokens, const Tensor& patches, const std::optional<Tensor>& token_mask,
     const std::optional<Tensor>& patch_mask, double attention_temperature, double pooling_temperature,
     bool need_tokens, bool need_patches) {
-  const auto run = [&](auto number) -> std::tuple<Tensor, Tensor> {
+  const auto run = [&](auto number, auto backward) -> std::tuple<Tensor, Tensor> {
     using T = decltype(number);
     const auto problem =
         problem_of<T>(tokens, patches, token_mask, patch_mask, attention_temperature, pooling_temperature);
-    const Tensor grad = torch::stable::contiguous(grad_output);
+    const Tensor grad = readable_gradient(grad_output, tokens, patches);
     std::vector<T> of_tokens(need_tokens ? problem.tokens.rows() * problem.tokens.stride : 0);
     std::vector<T> of_patches(need_patches ? problem.patches.rows() * problem.patches.stride : 0);
     if (need_tokens || need_patches)
-      MPMA_FASTEST(similarity::backward<T>)(
+      backward(
           problem, grad.const_data_ptr<T>(), need_tokens ? of_tokens.data() : nullptr,
           need_patches ? of_patches.data() : nullptr);
     return {
-        need_tokens ? problem.tokens.scatter(of_tokens.data(), tokens)
-                    : torch::stable::new_empty(tokens, {0}, tokens.scalar_type()),
-        need_patches ? problem.patches.scatter(of_patches.data(), patches)
-                     : torch::stable::new_empty(patches, {0}, patches.scalar_type())};
+        need_tokens ? problem.tokens.scatter(of_tokens.data(), tokens) : not_needed(tokens),
+        need_patches ? problem.patches.scatter(of_patches.data(), patches) : not_needed(patches)};
   };
-  return compute_type(tokens) == ScalarType::Double ? run(double{}) : run(float{});
+  return compute_type(tokens) == ScalarType::Double ? run(double{}, &portable::similarity::backward<double>)
+                                                    : run(float{}, MPMA_FASTEST(similarity::backward<float>));
 }
 
 }  // namespace

@@ -40,11 +40,7 @@ class Pair {
     by_gram_ = p_ <= 2 * patches_.width;
     const int64_t columns = padded(p_);
     for (int64_t p = 0; p < columns; ++p) hidden_.get()[p] = p < p_ ? T(0) : -std::numeric_limits<T>::infinity();
-    for (int64_t d = 0; d < patches_.width; ++d) {
-      T* row = transposed_.get() + d * stride_;
-      for (int64_t p = 0; p < p_; ++p) row[p] = v_[p * patches_.stride + d];
-      std::fill(row + p_, row + columns, T(0));
-    }
+    patches_.transpose(image, transposed_.get(), stride_);
     if (!by_gram_) return;
     times_transposed(v_, p_, gram_.get());
     if (backward_) return;

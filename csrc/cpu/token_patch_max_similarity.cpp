@@ -1,0 +1,96 @@
+// The max form of token-patch similarity on the CPU: arguments from PyTorch, results back.
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "cpu/similarity_arguments.h"
+
+namespace mpma {
+
+// One of the two results as its backward needs it, by pair: the number of the nearest row of the other side for every
+// row, and the gradient of their mean.
+template <class T>
+struct MaxDirection {
+  const int32_t* index;
+  const T* grad;
+};
+
+}  // namespace mpma
+
+#define MPMA_ISA_BODY "cpu/token_patch_max_similarity_core.h"
+#include "cpu/foreach_isa.h"
+
+namespace mpma::cpu {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_patch_max_similarity(
+    const Tensor& tokens, const Tensor& patches, const std::optional<Tensor>& token_mask,
+    const std::optional<Tensor>& patch_mask) {
+  check_operands(tokens, patches, token_mask, patch_mask);
+  const int64_t reports = tokens.size(0), images = patches.size(0);
+  const ScalarType type = compute_type(tokens);
+  const Tensor tokens_to_patches = torch::stable::new_empty(tokens, {reports, images}, type);
+  const Tensor patches_to_tokens = torch::stable::new_empty(tokens, {reports, images}, type);
+  const Tensor patch_index = torch::stable::new_empty(tokens, {reports, images, tokens.size(1)}, ScalarType::Int);
+  const Tensor token_index = torch::stable::new_empty(tokens, {reports, images, patches.size(1)}, ScalarType::Int);
+  const auto run = [&](auto number, auto forward) {
+    using T = decltype(number);
+    const int64_t stride = portable::row_distance(tokens.size(2));
+    forward(
+        RealRows<T>(tokens, token_mask, stride), RealRows<T>(patches, patch_mask, stride),
+        tokens_to_patches.mutable_data_ptr<T>(), patches_to_tokens.mutable_data_ptr<T>(),
+        patch_index.mutable_data_ptr<int32_t>(), token_index.mutable_data_ptr<int32_t>());
+  };
+  if (type == ScalarType::Double)
+    run(double{}, &portable::max_similarity::forward<double>);
+  else
+    run(float{}, MPMA_FASTEST(max_similarity::forward<float>));
+  return {tokens_to_patches, patches_to_tokens, patch_index, token_index};
+}
+
+void check_index(const Tensor& index, const Tensor& grad, const Tensor& own, const Tensor& other, const char* name) {
+  STD_TORCH_CHECK(
+      index.scalar_type() == ScalarType::Int && index.dim() == 3 && index.size(0) == grad.size(0) &&
+          index.size(1) == grad.size(1) && index.size(2) == own.size(1),
+      name, ": expected int32 (reports, images, rows)");
+  const int32_t* numbers = index.const_data_ptr<int32_t>();
+  const int64_t rows = std::max<int64_t>(1, other.size(1));  // without any, the index is 0 and unused
+  STD_TORCH_CHECK(
+      std::all_of(numbers, numbers + index.numel(), [&](int32_t i) { return i >= 0 && i < rows; }), name, ": expected numbers of rows of the other operand");
+}
+
+std::tuple<Tensor, Tensor> token_patch_max_similarity_backward(
+    const Tensor& grad_tokens_to_patches, const Tensor& grad_patches_to_tokens, const Tensor& tokens,
+    const Tensor& patches, const std::optional<Tensor>& token_mask, const std::optional<Tensor>& patch_mask,
+    const Tensor& patch_index, const Tensor& token_index, bool need_tokens, bool need_patches) {
+  check_operands(tokens, patches, token_mask, patch_mask);
+  const Tensor grad_of_tokens = readable_gradient(grad_tokens_to_patches, tokens, patches);
+  const Tensor grad_of_patches = readable_gradient(grad_patches_to_tokens, tokens, patches);
+  const Tensor patch = torch::stable::contiguous(patch_index), token = torch::stable::contiguous(token_index);
+  check_index(patch, grad_of_tokens, tokens, patches, "patch_index");
+  check_index(token, grad_of_patches, patches, tokens, "token_index");
+  const auto run = [&](auto number, auto backward) -> std::tuple<Tensor, Tensor> {
+    using T = decltype(number);
+    const int64_t stride = portable::row_distance(tokens.size(2));
+    const RealRows<T> w(tokens, token_mask, stride), v(patches, patch_mask, stride);
+    const MaxDirection<T> by_token{patch.const_data_ptr<int32_t>(), grad_of_tokens.const_data_ptr<T>()};
+    const MaxDirection<T> by_patch{token.const_data_ptr<int32_t>(), grad_of_patches.const_data_ptr<T>()};
+    std::vector<T> grad_w(need_tokens ? w.rows() * stride : 0), grad_v(need_patches ? v.rows() * stride : 0);
+    if (need_tokens) backward(w, v, by_token, by_patch, v.items, 1, grad_w.data());
+    if (need_patches) backward(v, w, by_patch, by_token, 1, v.items, grad_v.data());
+    return {
+        need_tokens ? w.scatter(grad_w.data(), tokens) : not_needed(tokens),
+        need_patches ? v.scatter(grad_v.data(), patches) : not_needed(patches)};
+  };
+  return compute_type(tokens) == ScalarType::Double ? run(double{}, &portable::max_similarity::backward<double>)
+                                                    : run(float{}, MPMA_FASTEST(max_similarity::backward<float>));
+}
+
+}  // namespace
+}  // namespace mpma::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(mpma, CPU, m) {
+  m.impl("token_patch_max_similarity", TORCH_BOX(&mpma::cpu::token_patch_max_similarity));
+  m.impl("token_patch_max_similarity_backward", TORCH_BOX(&mpma::cpu::token_patch_max_similarity_backward));
+}

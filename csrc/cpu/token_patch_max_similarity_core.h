@@ -1,0 +1,130 @@
+// The max form of token-patch similarity. Included by foreach_isa.h.
+
+namespace mpma::MPMA_ISA::max_similarity {
+
+template <typename T>
+using Integers = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+// A running maximum and where it stood. Of equal values the first one stays; a NaN is above all, and the first one stays.
+template <typename T>
+struct Best {
+  Vector<T> value;
+  Vector<Integers<T>> index;
+
+  void take(Vector<T> x, Vector<Integers<T>> i) {
+    const auto better = ~(x <= value) & (value == value);
+    value = better ? x : value;
+    index = better ? i : index;
+  }
+};
+
+// Both maxima of the scores (T, P) of one pair, rows `stride` apart. -inf stands in the columns beyond the patches.
+template <typename T>
+void best_of(
+    const T* scores, int64_t stride, int64_t tokens, int64_t patches, T* of_token, int32_t* patch, T* of_patch,
+    Integers<T>* token) {
+  using Index = Vector<Integers<T>>;
+  Index lane = {};
+  for (int i = 0; i < kWidth<T>; ++i) lane[i] = i;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const Index row = Index{} + static_cast<Integers<T>>(t);
+    Best<T> best{load(scores + t * stride), lane};
+    for (int64_t p = 0; p < patches; p += kWidth<T>) {
+      const Vector<T> x = load(scores + t * stride + p);
+      Best<T> of_column{x, row};
+      if (t > 0) {
+        of_column = {load(of_patch + p), load(token + p)};
+        of_column.take(x, row);
+      }
+      store(of_patch + p, of_column.value);
+      store(token + p, of_column.index);
+      best.take(x, lane + static_cast<Integers<T>>(p));
+    }
+    int first = 0;
+    for (int i = 1; i < kWidth<T>; ++i) {
+      const bool above = !(best.value[i] <= best.value[first]) && best.value[first] == best.value[first];
+      const bool earlier = best.value[i] == best.value[first] && best.index[i] < best.index[first];
+      if (above || earlier) first = i;
+    }
+    of_token[t] = best.value[first];
+    patch[t] = static_cast<int32_t>(best.index[first]);
+  }
+}
+
+// Results (reports, images) and, for every real token and patch, which of the other side was nearest, by its number among
+// the operand's rows: patch_index (reports, images, length of a report), token_index (reports, images, patches of an
+// image). Indices of what is masked are 0.
+template <typename T>
+void forward(
+    const cpu::RealRows<T>& tokens, const cpu::RealRows<T>& patches, T* tokens_to_patches, T* patches_to_tokens,
+    int32_t* patch_index, int32_t* token_index) {
+  const int64_t reports = tokens.items, images = patches.items, width = tokens.width;
+  const int64_t most_tokens = tokens.largest_count(), stride = row_distance(patches.largest_count());
+  torch::stable::parallel_for(0, images * reports, 1, [&](int64_t begin, int64_t end) {
+    const cpu::Buffer<T> transposed(width * stride), scores(most_tokens * stride), of_token(most_tokens), of_patch(stride);
+    const cpu::Buffer<int32_t> patch(most_tokens);
+    const cpu::Buffer<Integers<T>> token(stride);
+    int64_t transposed_image = -1;
+    for (int64_t pair = begin; pair < end; ++pair) {
+      const int64_t image = pair / reports, report = pair % reports, out = report * images + image;
+      const int64_t t = tokens.count(report), p = patches.count(image);
+      int32_t *patch_out = patch_index + out * tokens.length, *token_out = token_index + out * patches.length;
+      std::fill_n(patch_out, tokens.length, 0);
+      std::fill_n(token_out, patches.length, 0);
+      tokens_to_patches[out] = patches_to_tokens[out] = 0;
+      if (t == 0 || p == 0) continue;
+      if (transposed_image != image) patches.transpose(transposed_image = image, transposed.get(), stride);
+      matmul<T>(
+          t, p, width, {tokens.item(report), tokens.stride, 1, transposed.get(), stride, scores.get(), stride}, false);
+      for (int64_t i = 0; i < t; ++i)
+        std::fill(
+            scores.get() + i * stride + p, scores.get() + i * stride + padded(p), -std::numeric_limits<T>::infinity());
+      best_of(scores.get(), stride, t, p, of_token.get(), patch.get(), of_patch.get(), token.get());
+      const int32_t *token_position = tokens.position.data() + tokens.start[report],
+                    *patch_position = patches.position.data() + patches.start[image];
+      T sum = 0;
+      for (int64_t i = 0; i < t; ++i) {
+        sum += of_token.get()[i];
+        patch_out[token_position[i]] = patch_position[patch.get()[i]];
+      }
+      tokens_to_patches[out] = sum / t;
+      sum = 0;
+      for (int64_t i = 0; i < p; ++i) {
+        sum += of_patch.get()[i];
+        token_out[patch_position[i]] = token_position[token.get()[i]];
+      }
+      patches_to_tokens[out] = sum / p;
+    }
+  });
+}
+
+// The gradient of one side's rows, each item's summed by one thread in the order of the other side's items: what its own
+// rows chose, and what chose them. The pair of items i and j has the number i * own_step + j * other_step.
+template <typename T>
+void backward(
+    const cpu::RealRows<T>& own, const cpu::RealRows<T>& other, MaxDirection<T> chosen_by_own, MaxDirection<T> chosen_by_other,
+    int64_t own_step, int64_t other_step, T* grad) {
+  const std::vector<int64_t> own_row = own.row_of_position(), other_row = other.row_of_position();
+  const auto add = [&](int64_t to, int64_t from, T weight) {
+    T* sum = grad + to * own.stride;
+    const T* row = other.data.get() + from * other.stride;
+    for (int64_t d = 0; d < own.width; d += kWidth<T>) store(sum + d, load(sum + d) + weight * load(row + d));
+  };
+  torch::stable::parallel_for(0, own.items, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = 0; j < other.items; ++j) {
+        if (own.count(i) == 0 || other.count(j) == 0) continue;
+        const int64_t pair = i * own_step + j * other_step;
+        const int32_t* of_own = chosen_by_own.index + pair * own.length;
+        const int32_t* of_other = chosen_by_other.index + pair * other.length;
+        const T to_own = chosen_by_own.grad[pair] / own.count(i);
+        const T to_other = chosen_by_other.grad[pair] / other.count(j);
+        for (int64_t row = own.start[i]; row < own.start[i + 1]; ++row)
+          add(row, other_row[j * other.length + of_own[own.position[row]]], to_own);
+        for (int64_t row = other.start[j]; row < other.start[j + 1]; ++row)
+          add(own_row[i * own.length + of_other[other.position[row]]], row, to_other);
+      }
+  });
+}
+
+}  // namespace mpma::MPMA_ISA::max_similarity
