@@ -27,20 +27,20 @@ def philox_4x32(counter: Words, key_low: torch.Tensor | int, key_high: torch.Ten
     """
     device = counter[0].device
     keys = (torch.as_tensor(key, device=device) for key in (key_low, key_high))
-    return _words(*torch.broadcast_tensors(*counter, *keys)).unbind(-1)
+    words = torch.ops.mpma.philox_4x32(*torch.broadcast_tensors(*counter, *keys))
+    return words.unbind(-1)
 
 
 # An operator of its own, so that a compiler leaves it alone: Inductor inlines the ten rounds into
 # every use, and takes the wrap-around of a signed product for impossible.
-@torch.library.custom_op("mpma::philox_4x32", mutates_args=())
-def _words(
-    c0: torch.Tensor,
-    c1: torch.Tensor,
-    c2: torch.Tensor,
-    c3: torch.Tensor,
-    key_low: torch.Tensor,
-    key_high: torch.Tensor,
-) -> torch.Tensor:
+torch.library.define(
+    "mpma::philox_4x32",
+    "(Tensor c0, Tensor c1, Tensor c2, Tensor c3, Tensor key_low, Tensor key_high) -> Tensor",
+)
+
+
+@torch.library.impl("mpma::philox_4x32", "CompositeExplicitAutograd")
+def _words(c0, c1, c2, c3, key_low, key_high):
     for _ in range(_ROUNDS):
         # int64 products wrap modulo 2**64, which leaves the bits of the unsigned product.
         first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
@@ -54,7 +54,7 @@ def _words(
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-@_words.register_fake
+@torch.library.register_fake("mpma::philox_4x32")
 def _(c0, c1, c2, c3, key_low, key_high):
     return c0.new_empty((*c0.shape, 4))
 
