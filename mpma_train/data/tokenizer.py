@@ -28,16 +28,37 @@ MAX_WORD_LENGTH = 100
 
 
 def train_tokenizer(reports: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a lower-case WordPiece tokenizer of at most `vocab_size` tokens on reports."""
+    """Trains a lower-case WordPiece tokenizer of at most `vocab_size` tokens on reports.
+
+    The same reports give the same tokenizer.
+    """
+    texts = [report.replace(PLACEHOLDER, " ") for report in reports]
     tokenizer = _word_piece(models.WordPiece(unk_token="[UNK]"), lowercase=True)
+    # The trainer numbers the letters inside words in the order of a randomly seeded hash table, and
+    # equal counts are decided by those numbers. Given as special tokens they are numbered first.
+    fixed = [*SPECIAL_TOKENS, PLACEHOLDER, *sorted(_inner_letters(tokenizer, texts))]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
-        special_tokens=[*SPECIAL_TOKENS, PLACEHOLDER],
+        special_tokens=fixed,
         continuing_subword_prefix="##",
         show_progress=False,
     )
-    tokenizer.train_from_iterator(reports, trainer)
-    return _finish(tokenizer)
+    tokenizer.train_from_iterator(texts, trainer)
+    vocabulary = tokenizer.get_vocab()
+    model = models.WordPiece(
+        vocabulary, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_LENGTH
+    )
+    return _finish(_word_piece(model, lowercase=True))
+
+
+def _inner_letters(tokenizer: Tokenizer, texts: list[str]) -> set[str]:
+    """`##x` for every letter x that follows another one in a word."""
+    letters: set[str] = set()
+    for text in texts:
+        normal = tokenizer.normalizer.normalize_str(text)
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal):
+            letters.update(word[1:])
+    return {f"##{letter}" for letter in letters}
 
 
 def pretrained_tokenizer(folder: Path | str) -> Tokenizer:
@@ -99,7 +120,9 @@ def _finish(tokenizer: Tokenizer) -> Tokenizer:
     """Adds `___` as one token and the [CLS] ... [SEP] frame."""
     # A special added token is cut out before the pre-tokenizer would split it into three
     # underscores.
-    tokenizer.add_special_tokens([AddedToken(PLACEHOLDER, normalized=False)])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False) for token in (*SPECIAL_TOKENS, PLACEHOLDER)]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
