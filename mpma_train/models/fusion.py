@@ -1,8 +1,8 @@
 """MA-CMF: the masked report reads the image, both having read one shared memory.
 
-The paper's module could not be read. The memory is R2GenCMN's (Chen et al., ACL 2021), with its bank
-projected once a step; `kv_concat` is the Meshed-Memory Transformer's (Cornia et al., CVPR 2020);
-`gap_add` is MRM's (Zhou et al., ICLR 2023). Everything else is our choice.
+The paper's module could not be read. The memory is R2GenCMN's (Chen et al., ACL 2021), with its
+bank projected once a step; `kv_concat` is the Meshed-Memory Transformer's (Cornia et al., CVPR
+2020); `gap_add` is MRM's (Zhou et al., ICLR 2023). Everything else is our choice.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Paired masking: patches of the image and whole words of its report, both from one seed a pair.
 
-Word j % 4 of Philox counter (j // 4, stream, 0, 0) under the pair's 64-bit seed is the rank of patch
-j (stream 0) or of word j (stream 1); the lowest ranks are masked. So the masks of a pair depend on
-its seed alone: not on its place in the batch, on padding, on the worker or on the rank.
+Word j % 4 of Philox counter (j // 4, stream, 0, 0) under the pair's 64-bit seed is the rank of
+patch j (stream 0) or of word j (stream 1); the lowest ranks are masked. So the masks of a pair
+depend on its seed alone: not on its place in the batch, on padding, on the worker or on the rank.
 """
 
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ def draw_masks(
 
 
 def _ranks(mask_seed: Tensor, patches: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-    """Random 32-bit ranks, the shapes of `patches` (B, P) and `words` (B, T), in one Philox call."""
+    """Random 32-bit ranks, shaped as `patches` (B, P) and `words` (B, T), in one Philox call."""
     number = torch.cat([patches, words], dim=1)
     stream = torch.cat([torch.full_like(patches, _PATCHES), torch.full_like(words, _WORDS)], dim=1)
     zero = torch.zeros((), dtype=torch.int64, device=number.device)
