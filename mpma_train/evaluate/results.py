@@ -69,13 +69,11 @@ class Result:
 
     def table(self) -> Table:
         """The metrics, one a row, beside every baseline."""
-        table = Table(
-            title=f"{self.task}: {self.model}", caption=self.caption(), title_style="bold"
-        )
-        table.add_column(self.task)
+        table = Table()
+        table.add_column(self.task, no_wrap=True)
         table.add_column("model", justify="right")
         if self.intervals:
-            table.add_column("95 %", justify="right")
+            table.add_column("95 %", justify="right", no_wrap=True)
         for baseline in self.baselines:
             table.add_column(baseline, justify="right")
         for name, value in self.metrics.items():
@@ -91,13 +89,13 @@ class Result:
 
 
 def format_number(value: float | None) -> str:
-    """Three decimals; a dash for what was not measured."""
-    return "–" if value is None else f"{value:.3f}"
+    """Three decimals, one from 10 on; a dash for what was not measured."""
+    return "–" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def format_interval(interval: list[float] | None) -> str:
-    """Both ends with three decimals; empty where there is none."""
-    return "" if interval is None else f"{interval[0]:.3f}–{interval[1]:.3f}"
+    """Both ends; empty where there is none."""
+    return "" if interval is None else "–".join(map(format_number, interval))
 
 
 def format_detail(value: object) -> str:

@@ -26,9 +26,9 @@ def summary_table(run: str | Path, results: list[Result]) -> Table:
     """Rows of every task's metrics, leaving per-label values to the tasks' own tables."""
     table = Table(title=f"held-out results of {run}", title_style="bold")
     table.add_column("task")
-    table.add_column("metric")
+    table.add_column("metric", no_wrap=True)
     table.add_column("model", justify="right")
-    table.add_column("95 %", justify="right")
+    table.add_column("95 %", justify="right", no_wrap=True)
     table.add_column("baselines")
     for result in results:
         task = f"{result.task} (n {result.n})"

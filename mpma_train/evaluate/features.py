@@ -1,0 +1,122 @@
+"""What every evaluation starts from: a model, a store that fits it, and batches of its pairs."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpma_train.data.collator import PairCollator
+from mpma_train.data.dataset import PairDataset
+from mpma_train.data.store import Store
+from mpma_train.models import MpmaConfig, MpmaForPreTraining, MpmaProcessor
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under evaluation and the data it is measured on.
+
+    Attributes:
+        model: in evaluation mode, on a CUDA device where there is one.
+        processor: the model's own, so that its tokenizer is used and not the store's.
+        store: images of the model's target size.
+        batch_size: pairs in a batch.
+        seed: decides masks and untrained weights.
+    """
+
+    model: MpmaForPreTraining
+    processor: MpmaProcessor
+    store: Store
+    batch_size: int
+    seed: int
+
+    def untrained(self) -> MpmaForPreTraining:
+        """A model of the same configuration with fresh weights, decided by the seed."""
+        config = MpmaConfig.from_dict(self.model.config.to_dict())
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            model = MpmaForPreTraining(config)
+        return model.to(self.model.device).eval()
+
+    def batches(
+        self, split: str, items: Sequence[int] | np.ndarray | None = None, draw: int = 0
+    ) -> Iterator[dict[str, Tensor]]:
+        """Inputs of the model's forward on its device, without augmentation.
+
+        Args:
+            split: name of a split.
+            items: positions in the split, all by default.
+            draw: masks change with it, and nothing else does.
+        """
+        pairs = PairDataset(self.store, split, seed=self.seed)
+        collate = PairCollator(self.processor)
+        items = range(len(pairs)) if items is None else items
+        for start in range(0, len(items), self.batch_size):
+            keys = [draw * len(pairs) + int(i) for i in items[start : start + self.batch_size]]
+            batch = collate([pairs[key] for key in keys])
+            yield {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+
+
+def load_subject(model: str, data: str, *, batch_size: int, seed: int) -> Subject:
+    """Read a model directory and a prepared store that fits it.
+
+    Raises:
+        FileNotFoundError: a directory is missing.
+        ValueError: the directory holds no MPMA model or one with missing weights, the store's
+            images have another size, or the batch size is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
+    loaded = load_model(model)
+    store = Store(data)
+    config = loaded.config
+    if store.side != config.target_size:
+        raise ValueError(
+            f"data: expected images of side {config.target_size} (image_size {config.image_size} × "
+            f"target_scale {config.target_scale}), {data} was made for {store.side}; prepare it "
+            f"again with --side {config.target_size}"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    processor = MpmaProcessor.from_pretrained(model)
+    return Subject(loaded.to(device), processor, store, batch_size, seed)
+
+
+def load_model(path: str) -> MpmaForPreTraining:
+    """The model of a directory, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        ValueError: it holds no MPMA model, or the weights do not fill it.
+    """
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"model: no such directory: {path}")
+    kind = _model_type(Path(path, "config.json"))
+    if kind != MpmaConfig.model_type:
+        raise ValueError(f"model: expected an MPMA model in {path}, its config.json {kind}")
+    model, report = MpmaForPreTraining.from_pretrained(path, output_loading_info=True)
+    absent = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if absent:
+        raise ValueError(f"model: {path} lacks fitting weights for {', '.join(absent)}")
+    return model.eval()
+
+
+def _model_type(config: Path) -> str:
+    """The model type of a config.json, or what is wrong with the file."""
+    if not config.is_file():
+        return "is missing"
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return f"is no JSON file ({error})"
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    return kind if kind == MpmaConfig.model_type else f"has model_type {kind!r}"
+
+
+@torch.no_grad()
+def image_features(model: MpmaForPreTraining, batches: Iterator[dict[str, Tensor]]) -> np.ndarray:
+    """Pooled features of whole images, every patch seen: (N, D) float32."""
+    pooled = [model.get_image_features(b["pixel_values"]).pooler_output for b in batches]
+    return torch.cat(pooled).float().cpu().numpy()
