@@ -31,6 +31,7 @@ def check_shape(
     )
     if not fits:
         sizes = ", ".join("any" if size is None else str(size) for size in expected)
+        sizes += "," if len(expected) == 1 else ""
         raise ValueError(
             f"{operator}: {name} must have shape {spelled} = ({sizes}), got {tuple(tensor.shape)}"
         )
