@@ -8,8 +8,11 @@
 #include <optional>
 #include <tuple>
 
-#include "cpu/memory_dense.h"
-#include "cpu/memory_topk.h"
+#include "cpu/buffer.h"
+#include "cpu/memory_attention.h"
+
+#define MPMA_ISA_BODY "cpu/memory_attention_core.h"
+#include "cpu/foreach_isa.h"
 
 namespace mpma::cpu {
 namespace {
@@ -28,7 +31,7 @@ Tensor readable(const Tensor& t, ScalarType type) {
 }
 
 template <class T>
-View<T> view(const Tensor& t) {
+MemoryView<T> view(const Tensor& t) {
   return {t.const_data_ptr<T>(), t.stride(0), t.stride(1)};
 }
 
@@ -68,15 +71,20 @@ struct Operands {
   }
 };
 
-// body(T{}, isa) for the compute type and the machine's instruction set.
+// The kernel for the type T of a generic lambda. float64 serves checks of gradients: one build of it is enough.
+#define MPMA_MEMORY_KERNEL(function)                                              \
+  [] {                                                                            \
+    if constexpr (std::is_same_v<T, double>) return &portable::memory::function<T>; \
+    else return MPMA_FASTEST(memory::function<T>);                                \
+  }()
+
+// body(T{}) for the compute type.
 template <class Body>
 void dispatch(ScalarType type, const Body& body) {
-  with_isa([&](auto isa) {
-    if (type == ScalarType::Double)
-      body(double{}, isa);
-    else
-      body(float{}, isa);
-  });
+  if (type == ScalarType::Double)
+    body(double{});
+  else
+    body(float{});
 }
 
 std::tuple<Tensor, Tensor, Tensor> memory_attention(
@@ -88,15 +96,14 @@ std::tuple<Tensor, Tensor, Tensor> memory_attention(
   const Tensor output = torch::stable::new_empty(query, {in.rows, in.heads, in.width}, in.type);
   const Tensor logsumexp = torch::stable::new_empty(query, {in.rows, in.heads}, in.type);
   const Tensor indices = torch::stable::new_empty(query, {in.rows, in.heads, topk}, ScalarType::Int);
-  dispatch(in.type, [&](auto number, auto isa) {
+  dispatch(in.type, [&](auto number) {
     using T = decltype(number);
-    using Isa = decltype(isa);
     const auto m = in.problem<T>(scale, dropout_p, dropout_seed);
     T *out = output.mutable_data_ptr<T>(), *lse = logsumexp.mutable_data_ptr<T>();
     if (topk > 0)
-      topk_forward<T, Isa>(m, topk, out, lse, indices.mutable_data_ptr<int32_t>());
+      MPMA_MEMORY_KERNEL(topk_forward)(m, topk, out, lse, indices.mutable_data_ptr<int32_t>());
     else
-      dense_forward<T, Isa>(m, out, lse);
+      MPMA_MEMORY_KERNEL(dense_forward)(m, out, lse);
   });
   return {in_type(output, query.scalar_type()), logsumexp, indices};
 }
@@ -127,18 +134,17 @@ std::tuple<Tensor, Tensor, Tensor> memory_attention_backward(
   };
   const Tensor grad_query = gradient(query, need_query), grad_key = gradient(memory_key, need_memory_key),
                grad_value = gradient(memory_value, need_memory_value);
-  dispatch(in.type, [&](auto number, auto isa) {
+  dispatch(in.type, [&](auto number) {
     using T = decltype(number);
-    using Isa = decltype(isa);
     const auto data = [](const Tensor& t, bool needed) { return needed ? t.mutable_data_ptr<T>() : nullptr; };
     const auto m = in.problem<T>(scale, dropout_p, dropout_seed);
     const MemoryGradients<T> g{
-        view<T>(grad), lse.const_data_ptr<T>(), data(grad_query, need_query), data(grad_key, need_memory_key),
-        data(grad_value, need_memory_value)};
+        view<T>(grad), view<T>(out), lse.const_data_ptr<T>(), data(grad_query, need_query),
+        data(grad_key, need_memory_key), data(grad_value, need_memory_value)};
     if (topk > 0)
-      topk_backward<T, Isa>(m, topk, g, numbers);
+      MPMA_MEMORY_KERNEL(topk_backward)(m, topk, g, numbers);
     else
-      dense_backward<T, Isa>(m, g, view<T>(out));
+      MPMA_MEMORY_KERNEL(dense_backward)(m, g);
   });
   const ScalarType type = query.scalar_type();
   return {in_type(grad_query, type), in_type(grad_key, type), in_type(grad_value, type)};

@@ -1,20 +1,15 @@
 // Memory attention over every slot of the bank: a running softmax over tiles of the bank, as in FlashAttention (Dao et
-// al., NeurIPS 2022). The backward walks the same tiles twice, once owned by rows for the gradient of the query and
-// once owned by slots for those of the bank, so that no two threads write to one place.
-#pragma once
+// al., NeurIPS 2022). The backward walks the tiles twice, once owned by rows for the gradient of the query and once
+// owned by slots for those of the bank, so that no two threads write to one place. Included by foreach_isa.h.
 
-#include <algorithm>
-
-#include "cpu/memory_problem.h"
-
-namespace mpma::cpu {
+namespace mpma::MPMA_ISA::memory {
 
 constexpr int64_t kDenseBlock = 48, kDenseTile = 256;  // both multiples of 4, for Philox, and of every panel
 
 // What dropout makes of the weights of rows [row0, row0 + rows) on slots [slot0, slot0 + slots):
 // out[row * row_step + slot * slot_step].
 template <class T>
-MPMA_INLINE void dropout_tile(
+inline void dropout_tile(
     const Dropout& dropout, int64_t head, int64_t row0, int64_t rows, int64_t slot0, int64_t slots,
     int64_t row_step, int64_t slot_step, T* out) {
   for (int64_t i = 0; i < rows; ++i)
@@ -28,55 +23,54 @@ MPMA_INLINE void dropout_tile(
 }
 
 // output (R, H, D), logsumexp (R, H), contiguous.
-template <class T, class Isa>
+template <class T>
 void dense_forward(const MemoryProblem<T>& m, T* output, T* logsumexp) {
-  using S = Simd<T, Isa>;
-  const TransposedPanels<T, Isa> keys(m.key, m.heads, m.slots, m.width);
-  const ColumnPanels<T, Isa> values(m.value, m.heads, m.slots, m.width);
-  const int64_t blocks = round_up(m.rows, kDenseBlock) / kDenseBlock, columns = round_up(m.width, kPanel<T, Isa>);
-  constexpr int64_t kStride = kDenseTile + 16;
-  parallel<Isa>(m.heads * blocks, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
-    const Buffer<T> query(kDenseBlock * m.width), scores(kDenseBlock * kStride), sums(kDenseBlock * columns);
-    const Buffer<T> kept(kDenseBlock * kStride);
-    T top[kDenseBlock], total[kDenseBlock];
+  constexpr T kNothing = -std::numeric_limits<T>::infinity();
+  const RowPanels<T> keys(m.key, m.heads, m.slots, m.width);
+  const ColumnPanels<T> values(m.value, m.heads, m.slots, m.width);
+  const int64_t blocks = round_up(m.rows, kDenseBlock) / kDenseBlock, columns = values.columns;
+  const int64_t stride = row_distance(kDenseTile);
+  torch::stable::parallel_for(0, m.heads * blocks, 1, [&](int64_t begin, int64_t end) {
+    const cpu::Buffer<T> query(kDenseBlock * m.width), sums(kDenseBlock * columns), added(kDenseBlock * columns);
+    const cpu::Buffer<T> scores(kDenseBlock * stride), kept(kDenseBlock * stride);
+    T top[kDenseBlock], total[kDenseBlock], shrink[kDenseBlock];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / blocks, row0 = item % blocks * kDenseBlock;
-      const int64_t rows = std::min(kDenseBlock, m.rows - row0), padded = round_up(rows, kMicroRows);
-      copy_rows(m.query, head, row0, rows, padded, m.width, query.get());
-      std::fill_n(sums.get(), padded * columns, T(0));
-      std::fill_n(top, rows, -std::numeric_limits<T>::infinity());
+      const int64_t rows = std::min(kDenseBlock, m.rows - row0);
+      copy_rows(m.query, head, row0, rows, m.width, query.get());
+      std::fill_n(sums.get(), rows * columns, T(0));
+      std::fill_n(top, rows, kNothing);
       std::fill_n(total, rows, T(0));
       for (int64_t slot0 = 0; slot0 < m.slots; slot0 += kDenseTile) {
         const int64_t n = std::min(kDenseTile, m.slots - slot0);
-        gemm<T, Isa, Store::kScaled>(
-            padded, round_up(n, kPanel<T, Isa>), m.width, query.get(), m.width, keys.at(head, slot0), keys.stride(),
-            m.scale, scores.get(), kStride);
-        if (m.dropout.active())
-          dropout_tile(m.dropout, head, row0, rows, slot0, n, kStride, 1, kept.get());
+        keys.multiply(query.get(), rows, head, slot0, n, scores.get(), stride);
+        if (m.dropout.active()) dropout_tile(m.dropout, head, row0, rows, slot0, n, stride, 1, kept.get());
         for (int64_t i = 0; i < rows; ++i) {
-          T* row = scores.get() + i * kStride;
-          for (int64_t j = n; j % S::kWidth != 0; ++j) row[j] = -std::numeric_limits<T>::infinity();
-          auto high = S::broadcast(top[i]);
-          for (int64_t j = 0; j < n; j += S::kWidth) high = S::maximum(S::load(row + j), high);
-          T now = high[0];
-          for (int j = 1; j < S::kWidth; ++j) now = high[j] > now ? high[j] : now;
-          // Nothing but -inf so far: any finite shift gives the weights 0 that they should have.
-          const T shift = now == -std::numeric_limits<T>::infinity() ? T(0) : now;
-          const T shrink = std::exp(top[i] - shift);
-          typename S::Vec added = {};
-          for (int64_t j = 0; j < n; j += S::kWidth) {
-            const auto e = S::exp(S::load(row + j) - shift);
-            S::store(row + j, m.dropout.active() ? e * S::load(kept.get() + i * kStride + j) : e);
-            added += e;
+          T* row = scores.get() + i * stride;
+          Vector<T> high = Vector<T>{} + top[i];
+          for (int64_t j = 0; j < n; j += kWidth<T>) {
+            store(row + j, load(row + j) * m.scale);
+            for (int64_t beyond = n; beyond < j + kWidth<T>; ++beyond) row[beyond] = kNothing;
+            const Vector<T> x = load(row + j);
+            high = x > high ? x : high;
           }
-          total[i] = total[i] * shrink + S::sum(added);
+          T now = high[0];
+          for (int j = 1; j < kWidth<T>; ++j) now = high[j] > now ? high[j] : now;
+          // Nothing but -inf so far: any finite shift gives the weights 0 that they should have.
+          const T shift = now == kNothing ? T(0) : now;
+          shrink[i] = std::exp(top[i] - shift);
+          Vector<T> total_here = {};
+          for (int64_t j = 0; j < n; j += kWidth<T>) {
+            const Vector<T> e = exp(load(row + j) - shift);
+            store(row + j, m.dropout.active() ? e * load(kept.get() + i * stride + j) : e);
+            total_here += e;
+          }
+          total[i] = total[i] * shrink[i] + sum_lanes<T>(total_here);
           top[i] = now;
-          T* sum = sums.get() + i * columns;
-          for (int64_t d = 0; d < columns; d += S::kWidth) S::store(sum + d, S::load(sum + d) * shrink);
         }
-        gemm<T, Isa, Store::kAdd>(
-            padded, columns, n, scores.get(), kStride, values.at(head, slot0), values.stride(), T(1), sums.get(),
-            columns);
+        values.multiply(scores.get(), stride, rows, head, slot0, n, added.get());
+        for (int64_t i = 0; i < rows; ++i)
+          add_tile(sums.get() + i * columns, added.get() + i * columns, columns, shrink[i]);
       }
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t at = (row0 + i) * m.heads + head;
@@ -87,73 +81,68 @@ void dense_forward(const MemoryProblem<T>& m, T* output, T* logsumexp) {
   });
 }
 
-// One pass of the dense backward: blocks of `mine` (rows or slots) times tiles of `other` (slots or rows). The scores of
-// a tile are <mine.score, other.score>, the gradients of its weights <mine.grad, other.grad>.
+// One pass of the dense backward: blocks of "mine" (rows or slots) times tiles of "other" (slots or rows). Scores are
+// <mine.score, other.score>, gradients of the weights <mine.grad, other.grad>.
 template <class T>
 struct DensePass {
-  View<T> mine_score, other_score, mine_grad, other_grad;
+  MemoryView<T> mine_score, mine_grad, other_score, other_grad;
   int64_t mine, other;
-  bool mine_is_slots;
-  T* grad_of_score;   // for mine_score, from other_score; null where not needed
-  T* grad_of_weight;  // for mine_grad, from other_grad (the value, owned by slots); null where not needed
+  bool by_slot;       // mine are the slots
+  T* grad_of_score;   // the gradient of mine.score (query or key), null where nobody needs it
+  T* grad_of_weight;  // the gradient of mine.grad (value), null where nobody needs it
 };
 
-template <class T, class Isa>
-void dense_backward_pass(
-    const MemoryProblem<T>& m, const DensePass<T>& pass, const T* logsumexp, const T* delta) {
-  using S = Simd<T, Isa>;
-  const TransposedPanels<T, Isa> scores_of(pass.other_score, m.heads, pass.other, m.width);
-  const TransposedPanels<T, Isa> grads_of(pass.other_grad, m.heads, pass.grad_of_score ? pass.other : 0, m.width);
-  const ColumnPanels<T, Isa> score_rows(pass.other_score, m.heads, pass.grad_of_score ? pass.other : 0, m.width);
-  const ColumnPanels<T, Isa> grad_rows(pass.other_grad, m.heads, pass.grad_of_weight ? pass.other : 0, m.width);
-  const int64_t blocks = round_up(pass.mine, kDenseBlock) / kDenseBlock, columns = round_up(m.width, kPanel<T, Isa>);
-  constexpr int64_t kStride = kDenseTile + 16;
-  parallel<Isa>(m.heads * blocks, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
-    const Buffer<T> left(kDenseBlock * m.width), left_grad(kDenseBlock * m.width);
-    const Buffer<T> weights(kDenseBlock * kStride), grads(kDenseBlock * kStride), kept(kDenseBlock * kStride);
-    const Buffer<T> score_sums(kDenseBlock * columns), weight_sums(kDenseBlock * columns);
+// logsumexp and mean, <grad_output, output>, are [head][row] and readable for a vector more.
+template <class T>
+void dense_backward_pass(const MemoryProblem<T>& m, const DensePass<T>& pass, const T* logsumexp, const T* mean) {
+  const int64_t scored = pass.grad_of_score ? pass.other : 0, weighted = pass.grad_of_weight ? pass.other : 0;
+  const RowPanels<T> scores_of(pass.other_score, m.heads, pass.other, m.width);
+  const RowPanels<T> grads_of(pass.other_grad, m.heads, scored, m.width);
+  const ColumnPanels<T> score_rows(pass.other_score, m.heads, scored, m.width);
+  const ColumnPanels<T> grad_rows(pass.other_grad, m.heads, weighted, m.width);
+  const int64_t blocks = round_up(pass.mine, kDenseBlock) / kDenseBlock, columns = round_up(m.width, kPanel<T>);
+  const int64_t stride = row_distance(kDenseTile);
+  torch::stable::parallel_for(0, m.heads * blocks, 1, [&](int64_t begin, int64_t end) {
+    const cpu::Buffer<T> left(kDenseBlock * m.width), left_grad(kDenseBlock * m.width);
+    const cpu::Buffer<T> weights(kDenseBlock * stride), grads(kDenseBlock * stride), kept(kDenseBlock * stride);
+    const cpu::Buffer<T> score_sums(kDenseBlock * columns), weight_sums(kDenseBlock * columns);
+    const cpu::Buffer<T> added(kDenseBlock * columns);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / blocks, mine0 = item % blocks * kDenseBlock;
-      const int64_t mine = std::min(kDenseBlock, pass.mine - mine0), padded = round_up(mine, kMicroRows);
-      copy_rows(pass.mine_score, head, mine0, mine, padded, m.width, left.get());
-      copy_rows(pass.mine_grad, head, mine0, mine, padded, m.width, left_grad.get());
-      std::fill_n(score_sums.get(), padded * columns, T(0));
-      std::fill_n(weight_sums.get(), padded * columns, T(0));
+      const int64_t mine = std::min(kDenseBlock, pass.mine - mine0);
+      const T *lse = logsumexp + head * m.rows, *head_mean = mean + head * m.rows;
+      copy_rows(pass.mine_score, head, mine0, mine, m.width, left.get());
+      copy_rows(pass.mine_grad, head, mine0, mine, m.width, left_grad.get());
+      std::fill_n(score_sums.get(), mine * columns, T(0));
+      std::fill_n(weight_sums.get(), mine * columns, T(0));
       for (int64_t other0 = 0; other0 < pass.other; other0 += kDenseTile) {
-        const int64_t n = std::min(kDenseTile, pass.other - other0), wide = round_up(n, kPanel<T, Isa>);
-        gemm<T, Isa, Store::kScaled>(
-            padded, wide, m.width, left.get(), m.width, scores_of.at(head, other0), scores_of.stride(), m.scale,
-            weights.get(), kStride);
-        if (pass.grad_of_score)
-          gemm<T, Isa, Store::kScaled>(
-              padded, wide, m.width, left_grad.get(), m.width, grads_of.at(head, other0), grads_of.stride(), T(1),
-              grads.get(), kStride);
-        if (m.dropout.active() && pass.mine_is_slots)
-          dropout_tile(m.dropout, head, other0, n, mine0, mine, 1, kStride, kept.get());
+        const int64_t n = std::min(kDenseTile, pass.other - other0);
+        scores_of.multiply(left.get(), mine, head, other0, n, weights.get(), stride);
+        if (scored) grads_of.multiply(left_grad.get(), mine, head, other0, n, grads.get(), stride);
+        if (m.dropout.active() && pass.by_slot)
+          dropout_tile(m.dropout, head, other0, n, mine0, mine, 1, stride, kept.get());
         else if (m.dropout.active())
-          dropout_tile(m.dropout, head, mine0, mine, other0, n, kStride, 1, kept.get());
-        // logsumexp and delta belong to rows of the query: one a line, or one a column where lines are slots. Both
-        // have a vector of padding at their end.
-        const T *lse = logsumexp + head * m.rows, *dot = delta + head * m.rows;
+          dropout_tile(m.dropout, head, mine0, mine, other0, n, stride, 1, kept.get());
         for (int64_t i = 0; i < mine; ++i)
-          for (int64_t j = 0; j < n; j += S::kWidth) {
-            const int64_t at = i * kStride + j, row = pass.mine_is_slots ? other0 + j : mine0 + i;
-            const auto shift = pass.mine_is_slots ? S::load(lse + row) : S::broadcast(lse[row]);
-            const auto p = S::exp(S::load(weights.get() + at) - shift);
-            const auto keep = m.dropout.active() ? S::load(kept.get() + at) : S::broadcast(T(1));
-            S::store(weights.get() + at, p * keep);
-            if (!pass.grad_of_score) continue;
-            const auto mean = pass.mine_is_slots ? S::load(dot + row) : S::broadcast(dot[row]);
-            S::store(grads.get() + at, (keep * S::load(grads.get() + at) - mean) * p * m.scale);
+          for (int64_t j = 0; j < n; j += kWidth<T>) {
+            // Statistics belong to rows of the query: a line of the tile has one, or each of its columns.
+            const int64_t at = i * stride + j, row = pass.by_slot ? other0 + j : mine0 + i;
+            const Vector<T> shift = pass.by_slot ? load(lse + row) : Vector<T>{} + lse[row];
+            const Vector<T> p = exp(load(weights.get() + at) * m.scale - shift);
+            const Vector<T> keep = m.dropout.active() ? load(kept.get() + at) : Vector<T>{} + T(1);
+            store(weights.get() + at, p * keep);
+            if (!scored) continue;
+            const Vector<T> less = pass.by_slot ? load(head_mean + row) : Vector<T>{} + head_mean[row];
+            store(grads.get() + at, (keep * load(grads.get() + at) - less) * p * m.scale);
           }
-        if (pass.grad_of_score)
-          gemm<T, Isa, Store::kAdd>(
-              padded, columns, n, grads.get(), kStride, score_rows.at(head, other0), score_rows.stride(), T(1),
-              score_sums.get(), columns);
-        if (pass.grad_of_weight)
-          gemm<T, Isa, Store::kAdd>(
-              padded, columns, n, weights.get(), kStride, grad_rows.at(head, other0), grad_rows.stride(), T(1),
-              weight_sums.get(), columns);
+        if (scored) {
+          score_rows.multiply(grads.get(), stride, mine, head, other0, n, added.get());
+          add_tile(score_sums.get(), added.get(), mine * columns, T(1));
+        }
+        if (weighted) {
+          grad_rows.multiply(weights.get(), stride, mine, head, other0, n, added.get());
+          add_tile(weight_sums.get(), added.get(), mine * columns, T(1));
+        }
       }
       for (int64_t i = 0; i < mine; ++i) {
         const int64_t at = ((mine0 + i) * m.heads + head) * m.width;
@@ -166,31 +155,26 @@ void dense_backward_pass(
   });
 }
 
-// output is the forward's (R, H, D): <grad_output, output> is the mean of the weights' gradients.
-template <class T, class Isa>
-void dense_backward(const MemoryProblem<T>& m, const MemoryGradients<T>& g, const View<T>& output) {
-  const int64_t padding = Simd<T, Isa>::kWidth;
-  const Buffer<T> logsumexp(m.heads * m.rows + padding), delta(m.heads * m.rows + padding);
-  std::fill_n(logsumexp.get() + m.heads * m.rows, padding, T(0));
-  std::fill_n(delta.get() + m.heads * m.rows, padding, T(0));
-  parallel<Isa>(m.heads * m.rows, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t head = i / m.rows, row = i % m.rows;
-      const T *grad = g.grad_output.at(row, head), *out = output.at(row, head);
-      logsumexp.get()[i] = g.logsumexp[row * m.heads + head];
-      T sum = 0;
-      for (int64_t d = 0; d < m.width; ++d) sum += grad[d] * out[d];
-      delta.get()[i] = sum;
-    }
-  });
+template <class T>
+void dense_backward(const MemoryProblem<T>& m, const MemoryGradients<T>& g) {
+  const int64_t statistics = m.heads * m.rows;
+  const cpu::Buffer<T> logsumexp(statistics + kWidth<T>), mean(statistics + kWidth<T>);
+  for (int64_t i = 0; i < statistics; ++i) {
+    const int64_t head = i / m.rows, row = i % m.rows;
+    const T *grad = g.grad_output.at(row, head), *output = g.output.at(row, head);
+    T sum = 0;
+    for (int64_t d = 0; d < m.width; ++d) sum += grad[d] * output[d];
+    mean.get()[i] = sum;
+    logsumexp.get()[i] = g.logsumexp[row * m.heads + head];
+  }
   if (g.query)
-    dense_backward_pass<T, Isa>(
-        m, {m.query, m.key, g.grad_output, m.value, m.rows, m.slots, false, g.query, nullptr}, logsumexp.get(),
-        delta.get());
+    dense_backward_pass<T>(
+        m, {m.query, g.grad_output, m.key, m.value, m.rows, m.slots, false, g.query, nullptr}, logsumexp.get(),
+        mean.get());
   if (g.key || g.value)
-    dense_backward_pass<T, Isa>(
-        m, {m.key, m.query, m.value, g.grad_output, m.slots, m.rows, true, g.key, g.value}, logsumexp.get(),
-        delta.get());
+    dense_backward_pass<T>(
+        m, {m.key, m.value, m.query, g.grad_output, m.slots, m.rows, true, g.key, g.value}, logsumexp.get(),
+        mean.get());
 }
 
-}  // namespace mpma::cpu
+}  // namespace mpma::MPMA_ISA::memory

@@ -1,0 +1,59 @@
+// Sums over rows that are picked by number: the sparse halves of top-k attention and of its gradients. Included by
+// foreach_isa.h.
+
+namespace mpma::MPMA_ISA::memory {
+
+// Rows that will be wanted shortly: a bank is larger than the second-level cache, and their addresses follow no pattern.
+template <class T>
+inline void prefetch_rows(const T* base, int64_t stride, const int32_t* numbers, int64_t count, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t j = 0; j < count; ++j)
+    for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(base + numbers[j] * stride + d);
+}
+
+// out[j] = alpha * <x, row numbers[j] of base>
+template <class T>
+inline void dot_rows(
+    const T* x, const T* base, int64_t stride, const int32_t* numbers, int64_t count, int64_t width, T alpha, T* out) {
+  const int64_t whole = width - width % kWidth<T>;
+  for (int64_t j = 0; j < count; ++j) {
+    const T* row = base + numbers[j] * stride;
+    Vector<T> sum = {};
+    for (int64_t d = 0; d < whole; d += kWidth<T>) sum += load(x + d) * load(row + d);
+    T total = sum_lanes<T>(sum);
+    for (int64_t d = whole; d < width; ++d) total += x[d] * row[d];
+    out[j] = alpha * total;
+  }
+}
+
+template <class T, int kVectors>
+inline void add_rows_chunk(
+    const T* weights, const T* base, int64_t stride, const int32_t* numbers, int64_t count, T* out) {
+  Vector<T> sum[kVectors] = {};
+  for (int64_t j = 0; j < count; ++j) {
+    const T* row = base + numbers[j] * stride;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sum[v] += weights[j] * load(row + v * kWidth<T>);
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) store(out + v * kWidth<T>, sum[v]);
+}
+
+// out = sum_j weights[j] * row numbers[j] of base; each element is one running sum over j.
+template <class T>
+inline void add_rows(
+    const T* weights, const T* base, int64_t stride, const int32_t* numbers, int64_t count, int64_t width, T* out) {
+  constexpr int kMany = 8;
+  int64_t d = 0;
+  for (; d + kMany * kWidth<T> <= width; d += kMany * kWidth<T>)
+    add_rows_chunk<T, kMany>(weights, base + d, stride, numbers, count, out + d);
+  for (; d + kWidth<T> <= width; d += kWidth<T>)
+    add_rows_chunk<T, 1>(weights, base + d, stride, numbers, count, out + d);
+  for (; d < width; ++d) {
+    T sum = 0;
+    for (int64_t j = 0; j < count; ++j) sum += weights[j] * base[numbers[j] * stride + d];
+    out[d] = sum;
+  }
+}
+
+}  // namespace mpma::MPMA_ISA::memory

@@ -1,0 +1,83 @@
+// The right sides of memory attention's products, packed once a call: panels of as many columns as a product sums in
+// registers, each contiguous. Included by foreach_isa.h.
+
+namespace mpma::MPMA_ISA::memory {
+
+template <class T>
+constexpr int64_t kPanel = kTileVectors * kWidth<T>;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Panels of rows, transposed, for products over the width: [head][row / kPanel][width][row % kPanel], with zeros for
+// the rows that the last panel lacks.
+template <class T>
+struct RowPanels {
+  int64_t width, per_head;
+  cpu::Buffer<T> data;
+
+  RowPanels(const MemoryView<T>& source, int64_t heads, int64_t rows, int64_t width)
+      : width(width), per_head(round_up(rows, kPanel<T>) * width), data(heads * per_head) {
+    const int64_t panels = round_up(rows, kPanel<T>) / kPanel<T>;
+    torch::stable::parallel_for(0, heads * panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t head = item / panels, row0 = item % panels * kPanel<T>;
+        T* panel = data.get() + item * width * kPanel<T>;
+        for (int64_t i = 0; i < kPanel<T>; ++i) {
+          const bool real = row0 + i < rows;
+          const T* row = source.at(real ? row0 + i : 0, head);
+          for (int64_t d = 0; d < width; ++d) panel[d * kPanel<T> + i] = real ? row[d] : T(0);
+        }
+      }
+    });
+  }
+
+  // c (m, columns up to a whole panel) = a (m, width) times the rows row0 ... row0 + columns - 1; row0 starts a panel.
+  void multiply(const T* a, int64_t m, int64_t head, int64_t row0, int64_t columns, T* c, int64_t c_row) const {
+    const T* panel = data.get() + head * per_head + row0 * width;
+    for (int64_t j = 0; j < columns; j += kPanel<T>, panel += width * kPanel<T>)
+      matmul<T>(m, kPanel<T>, width, {a, width, 1, panel, kPanel<T>, c + j, c_row}, false);
+  }
+};
+
+// Panels of columns, for products over the rows: [head][d / kPanel][row][d % kPanel], with zeros beyond the width.
+template <class T>
+struct ColumnPanels {
+  int64_t rows, columns;
+  cpu::Buffer<T> data;
+
+  ColumnPanels(const MemoryView<T>& source, int64_t heads, int64_t rows, int64_t width)
+      : rows(rows), columns(round_up(width, kPanel<T>)), data(heads * columns * rows) {
+    const int64_t panels = columns / kPanel<T>;
+    torch::stable::parallel_for(0, heads * panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t head = item / panels, d0 = item % panels * kPanel<T>;
+        T* panel = data.get() + item * rows * kPanel<T>;
+        for (int64_t row = 0; row < rows; ++row)
+          for (int64_t d = 0; d < kPanel<T>; ++d)
+            panel[row * kPanel<T> + d] = d0 + d < width ? source.at(row, head)[d0 + d] : T(0);
+      }
+    });
+  }
+
+  // c (m, columns) = a (m, n) times the rows row0 ... row0 + n - 1.
+  void multiply(const T* a, int64_t a_row, int64_t m, int64_t head, int64_t row0, int64_t n, T* c) const {
+    const T* panel = data.get() + head * columns * rows + row0 * kPanel<T>;
+    for (int64_t j = 0; j < columns; j += kPanel<T>, panel += rows * kPanel<T>)
+      matmul<T>(m, kPanel<T>, n, {a, a_row, 1, panel, kPanel<T>, c + j, columns}, false);
+  }
+};
+
+// sums = sums * shrink + added. Sums of whole tiles, not of single terms, are what a long sum is made of: its error
+// then grows with the number of tiles.
+template <class T>
+inline void add_tile(T* sums, const T* added, int64_t n, T shrink) {
+  for (int64_t i = 0; i < n; i += kWidth<T>) store(sums + i, load(sums + i) * shrink + load(added + i));
+}
+
+// Rows row0 ... row0 + count - 1 of one head, side by side: a block that a product reads many times.
+template <class T>
+inline void copy_rows(const MemoryView<T>& from, int64_t head, int64_t row0, int64_t count, int64_t width, T* to) {
+  for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * width, from.at(row0 + i, head), width * sizeof(T));
+}
+
+}  // namespace mpma::MPMA_ISA::memory
