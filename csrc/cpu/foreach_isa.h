@@ -25,6 +25,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "cpu/isa.h"
 
 #define MPMA_ISA portable

@@ -159,7 +159,9 @@ Operand<A> statistics(const Tensor& t) {
 
 // float64 is there for gradient checks: the portable version serves it.
 void run_forward(const AttentionBatch& batch, const Output& output, const Tensor& logsumexp) {
-  if (batch.element == Element::kDouble) return portable::attention_forward(batch, output, statistics<double>(logsumexp));
+  if (batch.element == Element::kDouble) {
+    return portable::attention_forward(batch, output, statistics<double>(logsumexp));
+  }
   MPMA_FASTEST(attention_forward<float>)(batch, output, statistics<float>(logsumexp));
 }
 
@@ -200,8 +202,8 @@ std::tuple<Tensor, Tensor> masked_attention(
   const Tensor query = readable(query_in), key = readable(key_in), value = readable(value_in);
   Tensor output = new_output(query, shape_of(query));
   Tensor logsumexp = new_statistics(query, {query.size(0), query.size(2), query.size(1)});
-  run_forward(
-      padded_batch(query, key, value, mask, scale, make_dropout(dropout_p, seed)), padded_rows<char>(output), logsumexp);
+  const auto batch = padded_batch(query, key, value, mask, scale, make_dropout(dropout_p, seed));
+  run_forward(batch, padded_rows<char>(output), logsumexp);
   return {output, logsumexp};
 }
 
@@ -279,7 +281,8 @@ void check_packed(
   const Shape shape{key.size(0), query.size(1), query.size(2)};
   check(key, shape, query, "key");
   check(value, shape, query, "value");
-  STD_TORCH_CHECK(offsets_q.numel() == offsets_k.numel(), "cu_seqlens_k: expected as many sequences as cu_seqlens_q has");
+  STD_TORCH_CHECK(
+      offsets_q.numel() == offsets_k.numel(), "cu_seqlens_k: expected as many sequences as cu_seqlens_q has");
 }
 
 std::tuple<Tensor, Tensor> masked_attention_varlen(

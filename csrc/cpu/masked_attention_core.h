@@ -1,13 +1,17 @@
 // Forward and backward of one attention head after another. Included by foreach_isa.h, after masked_attention.h.
 //
 // Keys that take part are gathered first, so that what follows knows no mask: a masked row is never read. The work then
-// goes key tile by key tile and, in each, block by block of query rows: scores of a block and a tile are the only
-// quadratic buffer. The softmax is rescaled from tile to tile, as in FlashAttention (Dao et al., 2022).
+// goes key tile by key tile and, in each, block by block of query rows. A thread holds the scores of a block and a
+// tile, the operands of both, and one row of sums for every query of its head. The softmax is rescaled from tile to
+// tile, as in FlashAttention (Dao et al., 2022). logsumexp is +inf for a row without keys.
+
+#include "cpu/masked_attention_rows.h"
+#include "cpu/philox_words.h"
 
 namespace mpma::MPMA_ISA {
 
 constexpr int64_t kKeyTile = 256;
-constexpr int64_t kQueryBlock = 48;  // a multiple of every kTileRows
+constexpr int64_t kQueryBlock = 64;
 
 // Rows of Scratch have row_distance(their columns).
 template <typename A>
@@ -27,70 +31,23 @@ class Scratch {
   std::vector<std::unique_ptr<A, Free>> blocks_;
 };
 
-// The keys of one sequence that take part, ascending, and where their dropout words are: key `rows[c]` has word
-// `words[c]` of the words of all `groups`, four a group.
+// The keys of one sequence that take part, ascending. Their dropout words come in groups of four consecutive keys:
+// that of key `rows[c]` is in the group `groups[group_of[c]]`.
 struct KeyList {
-  std::vector<int64_t> rows, words;
+  std::vector<int64_t> rows, group_of;
   std::vector<uint32_t> groups;
 
   void fill(const AttentionBatch& batch, int64_t b) {
-    rows.clear(), words.clear(), groups.clear();
+    rows.clear(), group_of.clear(), groups.clear();
     for (int64_t j = 0; j < batch.keys[b].length; ++j) {
       if (batch.mask && !*batch.mask.at(b, j, 0)) continue;
       const auto group = static_cast<uint32_t>(j / 4);
       if (groups.empty() || groups.back() != group) groups.push_back(group);
       rows.push_back(j);
-      words.push_back(4 * static_cast<int64_t>(groups.size() - 1) + j % 4);
+      group_of.push_back(static_cast<int64_t>(groups.size()) - 1);
     }
   }
 };
-
-template <typename T>
-inline void convert_from(const char* from, int64_t width, float* to) {
-  const T* row = reinterpret_cast<const T*>(from);
-  for (int64_t d = 0; d < width; ++d) to[d] = static_cast<float>(row[d]);
-}
-
-template <typename T>
-inline void convert_to(const float* from, int64_t width, char* to) {
-  T* row = reinterpret_cast<T*>(to);
-  for (int64_t d = 0; d < width; ++d) row[d] = static_cast<T>(from[d]);
-}
-
-inline void load_row(Element element, const char* from, int64_t width, float* to) {
-  if (element == Element::kFloat) std::memcpy(to, from, width * sizeof(float));
-  if (element == Element::kBFloat16) convert_from<torch::headeronly::BFloat16>(from, width, to);
-  if (element == Element::kHalf) convert_from<torch::headeronly::Half>(from, width, to);
-}
-
-inline void store_row(Element element, const float* from, int64_t width, char* to) {
-  if (element == Element::kFloat) std::memcpy(to, from, width * sizeof(float));
-  if (element == Element::kBFloat16) convert_to<torch::headeronly::BFloat16>(from, width, to);
-  if (element == Element::kHalf) convert_to<torch::headeronly::Half>(from, width, to);
-}
-
-inline void load_row(Element, const char* from, int64_t width, double* to) {
-  std::memcpy(to, from, width * sizeof(double));
-}
-
-inline void store_row(Element, const double* from, int64_t width, char* to) {
-  std::memcpy(to, from, width * sizeof(double));
-}
-
-template <typename A>
-inline void transpose_4x4(const A* from, int64_t from_row, A scale, A* to, int64_t to_row) {
-  typedef A Four __attribute__((vector_size(4 * sizeof(A)), aligned(sizeof(A)), may_alias));
-  const auto row = [&](int64_t i) { return reinterpret_cast<const Four*>(from + i * from_row); };
-  const auto out = [&](int64_t i) { return reinterpret_cast<Four*>(to + i * to_row); };
-  const Four low01 = __builtin_shufflevector(*row(0), *row(1), 0, 4, 1, 5);
-  const Four high01 = __builtin_shufflevector(*row(0), *row(1), 2, 6, 3, 7);
-  const Four low23 = __builtin_shufflevector(*row(2), *row(3), 0, 4, 1, 5);
-  const Four high23 = __builtin_shufflevector(*row(2), *row(3), 2, 6, 3, 7);
-  *out(0) = __builtin_shufflevector(low01, low23, 0, 1, 4, 5) * scale;
-  *out(1) = __builtin_shufflevector(low01, low23, 2, 3, 6, 7) * scale;
-  *out(2) = __builtin_shufflevector(high01, high23, 0, 1, 4, 5) * scale;
-  *out(3) = __builtin_shufflevector(high01, high23, 2, 3, 6, 7) * scale;
-}
 
 // What one thread works with: the operands of a key tile and of a query block in the accumulator's type.
 template <typename A>
@@ -109,7 +66,11 @@ class Worker {
     maximum_ = scratch_.rows(1, queries);
     total_ = scratch_.rows(1, queries);
     staging_ = scratch_.rows(4, width_);
-    if (batch.dropout.active()) words_.resize(4 * kKeyTile + kPhiloxLanes * 4), kept_.resize(kKeyTile + kColumnGroup);
+    if (batch.dropout.active()) {
+      words_.resize(4 * (tile + kPhiloxGroups));
+      word_of_.resize(tile);
+      kept_ = scratch_.rows(1, tile);
+    }
     if (!backward) return;
     grad_scores_ = scratch_.rows(block, tile);
     grad_output_ = scratch_.rows(block, width_);
@@ -121,33 +82,28 @@ class Worker {
   void forward(int64_t b, int64_t h, const Output& output, const Operand<A>& logsumexp) {
     start(b, h);
     const int64_t q_row = row_distance(width_);
-    for (int64_t i = 0; i < queries_.length; ++i) {
-      maximum_[i] = -kInfinity;
-      total_[i] = 0;
-    }
     for (int64_t c0 = 0; c0 < keys(); c0 += kKeyTile) {
       const int64_t n = std::min(kKeyTile, keys() - c0), s_row = row_distance(n);
+      start_tile(c0, n);
       gather_transposed(batch_.key, c0, n, static_cast<A>(batch_.scale), key_transposed_);
       gather(batch_.value, c0, n, value_);
       for_each_block([&](int64_t i0, int64_t rows) {
         load_block(batch_.query, i0, rows, query_);
         matmul<A>(rows, n, width_, {query_, q_row, 1, key_transposed_, s_row, scores_, s_row}, false);
         for (int64_t i = 0; i < rows; ++i) {
-          const A shrink = softmax_row(scores_ + i * s_row, n, i0 + i);
-          if (c0 > 0) scale_row(sum_ + (i0 + i) * q_row, shrink);
-          if (batch_.dropout.active()) drop_row(scores_ + i * s_row, c0, n, i0 + i);
+          softmax_row(scores_ + i * s_row, n, i0 + i, c0 == 0);
+          if (batch_.dropout.active()) drop_row(scores_ + i * s_row, n, i0 + i);
         }
         matmul<A>(rows, width_, n, {scores_, s_row, 1, value_, q_row, sum_ + i0 * q_row, q_row}, c0 > 0);
       });
     }
-    const A kept = batch_.dropout.active() ? static_cast<A>(batch_.dropout.kept) : A(1);
     for (int64_t i = 0; i < queries_.length; ++i) {
       A* sum = sum_ + i * q_row;
       if (keys() == 0) {
         std::fill_n(sum, width_, A(0));
         *logsumexp.at(b, queries_.start + i, h) = kInfinity;
       } else {
-        scale_row(sum, kept / total_[i]);
+        scale_row(sum, 1 / total_[i]);
         *logsumexp.at(b, queries_.start + i, h) = maximum_[i] + std::log(total_[i]);
       }
       write(sum, output.at(b, queries_.start + i, h));
@@ -170,6 +126,7 @@ class Worker {
     for (int64_t c0 = 0; c0 < keys(); c0 += kKeyTile) {
       const int64_t n = std::min(kKeyTile, keys() - c0), s_row = row_distance(n);
       const bool need_scores = grad_query || grad_key;  // their gradients, to be exact
+      start_tile(c0, n);
       gather_transposed(batch_.key, c0, n, static_cast<A>(batch_.scale), key_transposed_);
       if (need_scores) gather_transposed(batch_.value, c0, n, A(1), value_transposed_);
       if (grad_query) gather(batch_.key, c0, n, value_);
@@ -181,7 +138,7 @@ class Worker {
         matmul<A>(rows, n, width_, {query_, q_row, 1, key_transposed_, s_row, scores_, s_row}, false);
         if (need_scores)
           matmul<A>(rows, n, width_, {grad_output_, q_row, 1, value_transposed_, s_row, grad_scores_, s_row}, false);
-        for (int64_t i = 0; i < rows; ++i) gradient_row(i * s_row, c0, n, i0 + i, delta[i0 + i], total_[i0 + i]);
+        for (int64_t i = 0; i < rows; ++i) gradient_row(i * s_row, n, i0 + i, delta[i0 + i], total_[i0 + i]);
         if (grad_value)
           matmul<A>(n, width_, rows, {scores_, 1, s_row, grad_output_, q_row, grad_value_, q_row}, true);
         if (grad_key) matmul<A>(n, width_, rows, {grad_scores_, 1, s_row, query_, q_row, grad_key_, q_row}, true);
@@ -199,7 +156,6 @@ class Worker {
 
  private:
   static constexpr A kInfinity = std::numeric_limits<A>::infinity();
-  static constexpr int kPhiloxLanes = 8;
   static constexpr int kW = kWidth<A>;
 
   void read(const char* from, A* to) const { load_row(batch_.element, from, width_, to); }
@@ -212,6 +168,18 @@ class Worker {
     sequence_ = b;
     head_ = h;
     queries_ = batch_.queries[b];
+  }
+
+  // Where the dropout words of the tile's keys will be.
+  void start_tile(int64_t c0, int64_t n) {
+    if (!batch_.dropout.active()) return;
+    first_group_ = list_.group_of[c0];
+    groups_ = list_.group_of[c0 + n - 1] - first_group_ + 1;
+    groups_ = (groups_ + kPhiloxGroups - 1) / kPhiloxGroups * kPhiloxGroups;
+    // The last vectors of counters read beyond the tile's own groups.
+    list_.groups.resize(std::max<size_t>(list_.groups.size(), first_group_ + groups_));
+    for (int64_t c = 0; c < n; ++c)
+      word_of_[c] = static_cast<int32_t>(list_.rows[c0 + c] % 4 * groups_ + list_.group_of[c0 + c] - first_group_);
   }
 
   // Blocks of nearly equal size.
@@ -284,17 +252,13 @@ class Worker {
     return sum_lanes<A>(sum) + tail;
   }
 
-  // Scores become e^(score - maximum so far); returns what earlier sums of the row have to be multiplied with.
-  A softmax_row(A* scores, int64_t n, int64_t i) {
+  // Scores become e^(score - maximum so far), and earlier sums of the row are rescaled to that maximum.
+  void softmax_row(A* scores, int64_t n, int64_t i, bool first) {
     std::fill(scores + n, scores + padded(n), -kInfinity);
-    const Vector<A> zero = {};
-    Vector<A> top = zero + maximum_[i];
-    for (int64_t c = 0; c < padded(n); c += kW) {
-      const Vector<A> x = load(scores + c);
-      top = x > top ? x : top;
-    }
-    A maximum = top[0];
-    for (int lane = 1; lane < kW; ++lane) maximum = std::max(maximum, static_cast<A>(top[lane]));
+    const Larger larger;
+    Vector<A> top = Vector<A>{} + (first ? -kInfinity : maximum_[i]);
+    for (int64_t c = 0; c < padded(n); c += kW) top = larger(load(scores + c), top);
+    const A maximum = fold_lanes<A>(top, larger)[0];
     const A base = maximum == -kInfinity ? A(0) : maximum;  // a tile of -inf alone adds nothing
     Vector<A> total = {};
     for (int64_t c = 0; c < padded(n); c += kW) {
@@ -302,34 +266,33 @@ class Worker {
       store(scores + c, weight);
       total += weight;
     }
-    const A shrink = std::exp(maximum_[i] - base);
-    total_[i] = total_[i] * shrink + sum_lanes<A>(total);
+    if (first) {
+      total_[i] = sum_lanes<A>(total);
+    } else {
+      const A shrink = std::exp(maximum_[i] - base);
+      total_[i] = total_[i] * shrink + sum_lanes<A>(total);
+      scale_row(sum_ + i * row_distance(width_), shrink);
+    }
     maximum_[i] = maximum;
-    return shrink;
   }
 
-  // kept_[c] is all ones where the weight of query i on key c0 + c is kept, else 0.
-  void draw_kept(int64_t c0, int64_t n, int64_t i) {
-    const int64_t group0 = list_.words[c0] / 4, groups = list_.words[c0 + n - 1] / 4 - group0 + 1;
-    const auto row = static_cast<uint32_t>(i), head = static_cast<uint32_t>(head_);
-    const auto sequence = static_cast<uint32_t>(sequence_);
-    for (int64_t g = 0; g < groups; ++g) {
-      const PhiloxWords drawn = philox(list_.groups[group0 + g], row, head, sequence, batch_.dropout.seed);
-      std::copy_n(drawn.word, 4, words_.begin() + 4 * g);
-    }
-    for (int64_t c = 0; c < n; ++c) {
-      const uint32_t word = words_[list_.words[c0 + c] - 4 * group0];
-      kept_[c] = word < batch_.dropout.threshold ? A(0) : A(1);
-    }
+  // kept_[c] is what the weight of query i on key c of the tile is multiplied with: 0 or 1 / (1 - p).
+  void draw_kept(int64_t n, int64_t i) {
+    philox_words(
+        list_.groups.data() + first_group_, groups_, static_cast<uint32_t>(i), static_cast<uint32_t>(head_),
+        static_cast<uint32_t>(sequence_), batch_.dropout.seed, words_.data());
+    const auto kept = static_cast<A>(batch_.dropout.kept);
+    const uint32_t threshold = batch_.dropout.threshold;
+    for (int64_t c = 0; c < n; ++c) kept_[c] = words_[word_of_[c]] < threshold ? A(0) : kept;
   }
 
-  void drop_row(A* weights, int64_t c0, int64_t n, int64_t i) {
-    draw_kept(c0, n, i);
-    for (int64_t c = 0; c < n; ++c) weights[c] = kept_[c] != 0 ? weights[c] : A(0);
+  void drop_row(A* weights, int64_t n, int64_t i) {
+    draw_kept(n, i);
+    for (int64_t c = 0; c < n; ++c) weights[c] *= kept_[c];
   }
 
   // Scores become the weights that multiplied the values; their gradients become gradients of the unscaled products.
-  void gradient_row(int64_t offset, int64_t c0, int64_t n, int64_t i, A delta, A logsumexp) {
+  void gradient_row(int64_t offset, int64_t n, int64_t i, A delta, A logsumexp) {
     A *scores = scores_ + offset, *gradients = grad_scores_ + offset;
     const auto scale = static_cast<A>(batch_.scale);
     if (!batch_.dropout.active()) {
@@ -340,13 +303,11 @@ class Worker {
       }
       return;
     }
-    draw_kept(c0, n, i);
-    const auto kept = static_cast<A>(batch_.dropout.kept);
-    for (int64_t c = 0; c < n; c += kW) store(scores + c, exp(load(scores + c) - logsumexp));
-    for (int64_t c = 0; c < n; ++c) {
-      const A weight = scores[c], gradient = kept_[c] != 0 ? gradients[c] * kept : A(0);
-      scores[c] = kept_[c] != 0 ? weight * kept : A(0);
-      gradients[c] = weight * (gradient - delta) * scale;
+    draw_kept(n, i);
+    for (int64_t c = 0; c < n; c += kW) {
+      const Vector<A> weight = exp(load(scores + c) - logsumexp), kept = load(kept_ + c);
+      store(scores + c, weight * kept);
+      store(gradients + c, weight * (load(gradients + c) * kept - delta) * scale);
     }
   }
 
@@ -355,15 +316,17 @@ class Worker {
   Scratch<A> scratch_;
   A *scores_, *query_, *key_transposed_, *value_, *sum_, *maximum_, *total_, *staging_;
   A *grad_scores_, *grad_output_, *value_transposed_, *grad_key_, *grad_value_;
+  A* kept_;
   std::vector<uint32_t> words_;
-  std::vector<A> kept_;
+  std::vector<int32_t> word_of_;
+  int64_t first_group_, groups_;
   KeyList list_;
   int64_t sequence_ = -1, head_ = 0;
   Span queries_{};
 };
 
-// Calls body(worker, sequence, head) for every head of every sequence. Threads take the next one when they are done with
-// the last, since lengths differ; each result depends on its own problem alone.
+// Calls body(worker, sequence, head) for every head of every sequence. Threads take the next one when they are done
+// with the last, since lengths differ; each result depends on its own problem alone.
 template <typename A, typename Body>
 void for_each_problem(const AttentionBatch& batch, bool backward, const Body& body) {
   const int64_t problems = static_cast<int64_t>(batch.queries.size()) * batch.heads;

@@ -11,8 +11,8 @@ constexpr int64_t padded(int64_t columns) { return (columns + kColumnGroup - 1) 
 // would share a few sets of the first-level cache.
 constexpr int64_t row_distance(int64_t columns) { return (padded(columns) / kColumnGroup | 1) * kColumnGroup; }
 
-// Rows and columns of C that are summed in registers: 6 x 2 vectors fill the 16 registers of SSE2 and AVX2 together with
-// two of B and one of A; 8 x 2 are enough to hide the latency of the 32 of AVX-512.
+// Rows and columns of C that are summed in registers: 6 x 2 vectors fill the 16 registers of SSE2 and AVX2 together
+// with two of B and one of A; 8 x 2 of the 32 of AVX-512 are enough to hide the latency of a product.
 constexpr int kTileRows = MPMA_VECTOR_BYTES == 64 ? 8 : 6;
 constexpr int kTileVectors = 2;
 constexpr int64_t kDepth = 256;  // a panel of B of this many rows stays in the first-level cache

@@ -24,11 +24,51 @@ inline void store(T* p, Vector<T> v) {
   *reinterpret_cast<typename VectorTypes<T>::Unaligned*>(p) = v;
 }
 
+template <int kStep, typename T, int... kLanes>
+inline Vector<T> swap_lanes(Vector<T> v, std::integer_sequence<int, kLanes...>) {
+  return __builtin_shufflevector(v, v, (kLanes ^ kStep)...);
+}
+
+// All lanes combined, in every lane.
+template <typename T, int kStep = kWidth<T> / 2, typename Combine>
+inline Vector<T> fold_lanes(Vector<T> v, const Combine& combine) {
+  v = combine(v, swap_lanes<kStep, T>(v, std::make_integer_sequence<int, kWidth<T>>()));
+  if constexpr (kStep > 1) return fold_lanes<T, kStep / 2>(v, combine);
+  return v;
+}
+
+// Structs, because GCC compiles a lambda inside a template for the portable target.
+struct Sum {
+  template <typename V>
+  V operator()(V x, V y) const {
+    return x + y;
+  }
+};
+
+struct Larger {  // of x and y; a NaN in x is passed over
+  template <typename V>
+  V operator()(V x, V y) const {
+    return x > y ? x : y;
+  }
+};
+
 template <typename T>
 inline T sum_lanes(Vector<T> v) {
-  T sum = v[0];
-  for (int lane = 1; lane < kWidth<T>; ++lane) sum += v[lane];
-  return sum;
+  return fold_lanes<T>(v, Sum{})[0];
+}
+
+// Products of the even 32-bit lanes with a factor, as 64-bit lanes.
+inline Vector<uint64_t> multiply_even(Vector<uint32_t> x, uint32_t factor) {
+#if !defined(__x86_64__)
+  const Vector<uint64_t> low = (Vector<uint64_t>)x & 0xFFFFFFFF;
+  return low * factor;
+#elif MPMA_VECTOR_BYTES == 16
+  return (Vector<uint64_t>)_mm_mul_epu32((__m128i)x, _mm_set1_epi64x(factor));
+#elif MPMA_VECTOR_BYTES == 32
+  return (Vector<uint64_t>)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(factor));
+#else
+  return (Vector<uint64_t>)_mm512_maskz_mul_epu32(0xFF, (__m512i)x, _mm512_set1_epi64(factor));
+#endif
 }
 
 // e^x within 1.5 ulp: e^x = 2^n e^r with n = round(x / ln 2), and e^r = 1 + r + r^2 q(r) with the q of degree 4 that
@@ -36,8 +76,8 @@ inline T sum_lanes(Vector<T> v) {
 inline Vector<float> exp(Vector<float> x) {
   typedef int32_t Integers __attribute__((vector_size(MPMA_VECTOR_BYTES)));
   const Vector<float> zero = {}, low = zero - 104.0f, high = zero + 89.0f;
-  x = x < low ? low : x;
-  x = x > high ? high : x;
+  x = low > x ? low : x;  // in this order one instruction each, which keeps a NaN
+  x = high < x ? high : x;
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
   const Vector<float> shifted = x * 1.44269504f + 12582912.0f;
   const Vector<float> n = shifted - 12582912.0f;
@@ -57,5 +97,22 @@ inline Vector<double> exp(Vector<double> x) {
   for (int lane = 0; lane < kWidth<double>; ++lane) x[lane] = std::exp(x[lane]);
   return x;
 }
+
+// The same for x <= 0, where 2^n is never too large for one factor: half the instructions. Below 2^-126.5 it is 0.
+inline Vector<float> exp_nonpositive(Vector<float> x) {
+  typedef int32_t Integers __attribute__((vector_size(MPMA_VECTOR_BYTES)));
+  const Vector<float> zero = {}, low = zero - 88.02969f;  // -127 ln 2, at which the factor below is 0
+  x = low > x ? low : x;
+  const Vector<float> shifted = x * 1.44269504f + 12583039.0f;  // 1.5 * 2^23 + 127, the exponent's bias
+  const Vector<float> n = shifted - 12583039.0f;
+  const Vector<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vector<float> q = r * 1.38138805e-3f + 8.36906303e-3f;
+  q = q * r + 4.16684225e-2f;
+  q = q * r + 0.166665182f;
+  q = q * r + 0.49999994f;
+  return (q * (r * r) + r + 1.0f) * (Vector<float>)((Integers)shifted << 23);
+}
+
+inline Vector<double> exp_nonpositive(Vector<double> x) { return exp(x); }
 
 }  // namespace mpma::MPMA_ISA
