@@ -1,0 +1,1 @@
+"""Encoder weights of other projects: their files, their names, and how they fit into MPMA."""
