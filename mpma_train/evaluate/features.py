@@ -116,7 +116,20 @@ def _model_type(config: Path) -> str:
 
 
 @torch.no_grad()
-def image_features(model: MpmaForPreTraining, batches: Iterator[dict[str, Tensor]]) -> np.ndarray:
-    """Pooled features of whole images, every patch seen: (N, D) float32."""
-    pooled = [model.get_image_features(b["pixel_values"]).pooler_output for b in batches]
+def image_features(subject: Subject, model: MpmaForPreTraining, rows: np.ndarray) -> np.ndarray:
+    """Pooled features of whole images, every patch seen.
+
+    Args:
+        subject: the store and how its images are prepared.
+        model: the subject's or its untrained twin.
+        rows: (n,) int64 rows of the store.
+
+    Returns:
+        (n, D) float32.
+    """
+    pooled = []
+    for start in range(0, len(rows), subject.batch_size):
+        images = subject.store.images[rows[start : start + subject.batch_size]]
+        pixels = subject.processor(images=images)["pixel_values"].to(model.device)
+        pooled.append(model.get_image_features(pixels).pooler_output)
     return torch.cat(pooled).float().cpu().numpy()

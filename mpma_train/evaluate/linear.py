@@ -1,16 +1,17 @@
 """Linear probe of the frozen image encoder with few labels: `mpma evaluate linear`."""
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from PIL import Image
 
 from mpma_train.data.store import Store
-from mpma_train.evaluate.features import Subject, image_features, load_subject
+from mpma_train.evaluate.features import image_features, load_subject
 from mpma_train.evaluate.held_out import label_array, split_rows
 from mpma_train.evaluate.probe import DRAWS, binary_targets, has_both_classes, probe
 from mpma_train.evaluate.results import Numbers, Result
-from mpma_train.models import MpmaForPreTraining
 
 PIXEL_SIDE = 32
 SPLITS = ("train", "validate", "test")
@@ -37,8 +38,8 @@ def evaluate(args: argparse.Namespace) -> Result:
     subject = load_subject(args.model, args.data, batch_size=args.batch_size, seed=args.seed)
     rows, targets, names, left_out = labelled_rows(subject.store)
 
-    def numbers(features: dict[str, np.ndarray]) -> Numbers:
-        splits = [(features[split], targets[split]) for split in SPLITS]
+    def numbers(features: Callable[[np.ndarray], np.ndarray]) -> Numbers:
+        splits = [(features(rows[split]), targets[split]) for split in SPLITS]
         return summarise(probe(*splits, seed=args.seed), names)
 
     return Result(
@@ -47,10 +48,10 @@ def evaluate(args: argparse.Namespace) -> Result:
         data=str(args.data),
         n=len(rows["test"]),
         seed=args.seed,
-        metrics=numbers(model_features(subject, subject.model, rows)),
+        metrics=numbers(partial(image_features, subject, subject.model)),
         baselines={
-            "untrained": numbers(model_features(subject, subject.untrained(), rows)),
-            "pixels": numbers({s: pixel_features(subject.store, r) for s, r in rows.items()}),
+            "untrained": numbers(partial(image_features, subject, subject.untrained())),
+            "pixels": numbers(partial(pixel_features, subject.store)),
         },
         details={
             "training_images": len(rows["train"]),
@@ -93,17 +94,6 @@ def labelled_rows(
             f"test: {', '.join(left_out)}"
         )
     return rows, {split: t[:, usable] for split, t in targets.items()}, names, left_out
-
-
-def model_features(
-    subject: Subject, model: MpmaForPreTraining, rows: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """split -> (n, D) pooled features of whole images."""
-    features = {}
-    for split, wanted in rows.items():
-        items = np.searchsorted(subject.store.rows(split), wanted)
-        features[split] = image_features(model, subject.batches(split, items))
-    return features
 
 
 def pixel_features(store: Store, rows: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ import pytest
 
 from mpma_train.data.store import Store
 from mpma_train.evaluate import linear
+from mpma_train.evaluate.features import image_features, load_subject
 from mpma_train.evaluate.linear import labelled_rows, pixel_features, summarise
 
 
@@ -62,3 +63,15 @@ def test_labels_that_cannot_be_probed_are_errors(arguments, unlabelled_path, sto
 def test_other_splits_are_refused(arguments):
     with pytest.raises(ValueError, match="measures on test, got 'validate'"):
         linear.evaluate(arguments(split="validate"))
+
+
+def test_features_belong_to_their_rows(model_path, store_path):
+    features = {}
+    for batch_size in (1, 7):
+        subject = load_subject(str(model_path), str(store_path), batch_size=batch_size, seed=0)
+        rows = subject.store.rows("test")[::-1]
+        features[batch_size] = image_features(subject, subject.model, rows)
+    np.testing.assert_allclose(features[1], features[7], atol=1e-5)  # float32 sums
+    batch = next(subject.batches("test", [3, 0]))
+    direct = subject.model.get_image_features(batch["pixel_values"]).pooler_output
+    np.testing.assert_allclose(features[7][[-4, -1]], direct.detach().numpy(), atol=1e-5)
