@@ -4,6 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ViTMAEModel
+from transformers import initialization as init
+from transformers.models.vit_mae.modeling_vit_mae import (
+    ViTMAEEmbeddings,
+    build_2d_sinusoidal_position_embedding,
+)
 
 from mpma_train.models.configuration_mpma import MpmaConfig
 
@@ -14,6 +19,22 @@ class VitImageEncoder(ViTMAEModel):
     ViTMAEModel drops patches in evaluation too; here every patch is seen unless the caller says
     which. Parameters keep ViTMAEModel's names, so that its checkpoints fit.
     """
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers 5.17 skips these once the convolution inside has its values, which it always
+        # has: a new ViTMAEModel would have no positions.
+        if isinstance(module, ViTMAEEmbeddings):
+            width = module.cls_token.shape[-1]
+            side = module.image_size[0] // module.patch_size
+            init.copy_(module.position_embeddings, fixed_positions(side, width).unsqueeze(0))
+            init.normal_(module.cls_token, std=self.config.initializer_range)
+            weight = module.patch_embeddings.projection.weight
+            if not getattr(weight, "_is_hf_initialized", False):
+                # As the linear map that it is, as in MAE.
+                nn.init.xavier_uniform_(weight.flatten(1))
+        else:
+            super()._init_weights(module)
 
     def forward(self, pixel_values: Tensor, visible_patches: Tensor | None = None) -> Tensor:
         """(B, C, S, S) and (B, Pv) patch numbers to states (B, 1 + Pv, D), [CLS] first."""
@@ -77,6 +98,15 @@ def build_image_encoder(config: MpmaConfig) -> nn.Module:
     if config.image_encoder == "vit":
         return VitImageEncoder(config.vit_config())
     return TimmImageEncoder(config)
+
+
+def fixed_positions(side: int, width: int) -> Tensor:
+    """Sines and cosines of MAE for side² patches, after a zero row for [CLS]: (1 + side², width).
+
+    The first half tells the column and the second the row, as in MAE's published weights.
+    """
+    rows_first = build_2d_sinusoidal_position_embedding(side, side, width, cls_token=True)
+    return rows_first.roll(width // 2, dims=1)
 
 
 def take_rows(states: Tensor, numbers: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """MPMA: two encoders, their fusion and their alignment; and its pretraining on masked pairs."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +20,11 @@ from mpma_train.models.fusion import (
     MemoryUse,
     SharedMemory,
 )
-from mpma_train.models.image_encoder import build_image_encoder, two_resolutions
+from mpma_train.models.image_encoder import (
+    build_image_encoder,
+    fixed_positions,
+    two_resolutions,
+)
 from mpma_train.models.masking import PairedMasks, draw_masks
 from mpma_train.models.outputs import (
     FusedFeatures,
@@ -69,7 +75,8 @@ class MpmaPreTrainedModel(PreTrainedModel):
             init.constant_(module.logit_scale, scale)
         elif isinstance(module, ImageDecoder):
             init.normal_(module.mask_token, std=self.config.initializer_range)
-            init.copy_(module.positions, module.initial_positions())
+            count, width = module.positions.shape
+            init.copy_(module.positions, fixed_positions(math.isqrt(count - 1), width))
         elif isinstance(module, ReportHead):
             init.zeros_(module.bias)
 

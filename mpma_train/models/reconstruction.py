@@ -5,10 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.models.vit_mae.modeling_vit_mae import (
-    ViTMAELayer,
-    build_2d_sinusoidal_position_embedding,
-)
+from transformers.models.vit_mae.modeling_vit_mae import ViTMAELayer
 
 from mpma_train.models.configuration_mpma import MpmaConfig
 from mpma_train.models.image_encoder import take_rows
@@ -36,13 +33,6 @@ class ImageDecoder(nn.Module):
         )
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.output = nn.Linear(width, pixels)
-
-    def initial_positions(self) -> Tensor:
-        """Fixed sines and cosines, zero for [CLS]: (1 + P, width)."""
-        side = round((len(self.positions) - 1) ** 0.5)
-        return build_2d_sinusoidal_position_embedding(
-            side, side, embed_dim=self.positions.shape[1], cls_token=True
-        )
 
     def forward(self, states: Tensor, visible_patches: Tensor, masked_patches: Tensor) -> Tensor:
         """Pixels of the masked patches.
