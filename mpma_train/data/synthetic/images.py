@@ -60,14 +60,14 @@ class _Canvas:
 
     def __init__(self, scene: Scene, rng: np.random.Generator):
         self.scene, self.rng = scene, rng
-        height, width = int(rng.integers(208, 257)), int(rng.integers(208, 257))
+        height, width = int(rng.integers(224, 257)), int(rng.integers(224, 257))
         self.shape = (height, width)
-        angle = np.deg2rad(rng.normal(0, 1.5))
-        scale = rng.uniform(0.97, 1.12) * min(height, width) / 2
+        angle = np.deg2rad(rng.normal(0, 1.2))
+        scale = rng.uniform(1.0, 1.1) * min(height, width) / 2
         rows = (np.arange(height, dtype=np.float32) - height / 2)[:, None] / scale
         columns = (np.arange(width, dtype=np.float32) - width / 2)[None, :] / scale
-        rows = rows - np.float32(rng.uniform(-0.05, 0.05))
-        columns = columns - np.float32(rng.uniform(-0.05, 0.05))
+        rows = rows - np.float32(rng.uniform(-0.03, 0.03))
+        columns = columns - np.float32(rng.uniform(-0.03, 0.03))
         cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))
         self.x = (columns * cosine + rows * sine) / np.float32(scene.build.width)
         self.y = (rows * cosine - columns * sine) / np.float32(scene.build.height)
@@ -140,9 +140,9 @@ class _Canvas:
             _bump(((lung.across - 0.2) / 0.16) ** 2 + ((y + 0.06) / 0.24) ** 2)
             for lung in self.lungs.values()
         )
-        vessels = np.maximum(self.clouds(34), 0) * (0.02 + 0.05 * hilum) + 0.06 * hilum
+        vessels = np.maximum(self.clouds(34), 0) * (0.015 + 0.03 * hilum) + 0.03 * hilum
         density += vessels * self.air
-        density += (0.022 * self.clouds(5) + 0.016 * self.clouds(12)) * body
+        density += (0.016 * self.clouds(5) + 0.012 * self.clouds(12)) * body
         bubble = np.hypot((x - 0.4) / 0.17, (y - self.heart_base - 0.32) / 0.09)
         density -= rng.choice((0, 0.18)) * _ramp(1 - bubble, 0.4)
         return density
@@ -158,30 +158,28 @@ class _Canvas:
         cage = _ramp(0.92 - across, 0.1) * _ramp(y + 0.85, 0.2) * _ramp(0.75 - y, 0.3)
         tilt = 0.12 * rng.uniform(0.4, 1.6)
         clavicle = np.abs(y + 0.66 + tilt * (0.5 - across)) + 10 * np.maximum(across - 0.8, 0)
-        bones = ribs * cage * rng.uniform(0.4, 1.0)
+        bones = ribs * cage * rng.uniform(0.3, 0.9)
         return (bones + 0.09 * _bump((clavicle / 0.045) ** 2) * (across > 0.06)) * body
 
 
 def _opacity(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
     lung, rng = canvas.lungs[finding.side], canvas.rng
     across, y = lung.point(rng, finding.zone, _clear_of_heart(canvas, finding))
-    radius = {"small": 0.12, "moderate": 0.19, "large": 0.29}[finding.size] * rng.uniform(
-        0.92, 1.08
-    )
+    radius = {"small": 0.13, "moderate": 0.2, "large": 0.3}[finding.size] * rng.uniform(0.92, 1.08)
     shape = rng.uniform(0.8, 1.25)
     far = np.hypot((lung.across - across) * shape, (canvas.y - y) / shape) / radius
     ragged = far + 0.16 * canvas.clouds(18)
     cloud = _bump(ragged**2 * 0.9) * np.maximum(canvas.air, 0.1)
-    return rng.uniform(0.28, 0.38) * cloud * (1 + 0.2 * canvas.clouds(30)), cloud > 0.4
+    return rng.uniform(0.38, 0.5) * cloud * (1 + 0.2 * canvas.clouds(30)), cloud > 0.4
 
 
 def _lesion(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
     lung, rng = canvas.lungs[finding.side], canvas.rng
     across, y = lung.point(rng, finding.zone, _clear_of_heart(canvas, finding))
-    radius = {"small": 0.07, "moderate": 0.105, "large": 0.155}[finding.size]
+    radius = {"small": 0.075, "moderate": 0.11, "large": 0.16}[finding.size]
     radius *= rng.uniform(0.92, 1.08)
     ball = _ramp(radius - np.hypot(lung.across - across, canvas.y - y), 0.03)
-    return rng.uniform(0.36, 0.48) * ball, ball > 0.5
+    return rng.uniform(0.44, 0.56) * ball, ball > 0.5
 
 
 def _atelectasis(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
@@ -193,7 +191,7 @@ def _atelectasis(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
     along = lung.across - across + lean * (canvas.y - y)
     away = canvas.y - y - lean * (lung.across - across)
     band = _bump((away / thick) ** 2) * _ramp(length - np.abs(along), 0.06) * (canvas.air > 0.2)
-    return rng.uniform(0.34, 0.46) * band, band > 0.4
+    return rng.uniform(0.42, 0.54) * band, band > 0.4
 
 
 def _effusion(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
@@ -293,11 +291,11 @@ _DRAWINGS = {
 def _expose(canvas: _Canvas, density: Field) -> np.ndarray:
     """Turns attenuation into grey values as different tubes, tables and windows would."""
     rng = canvas.rng
-    tilt = rng.normal(0, 0.04, 2)
+    tilt = rng.normal(0, 0.03, 2)
     density = density + tilt[0] * canvas.x + tilt[1] * canvas.y + 0.02 * canvas.clouds(3)
-    low = rng.uniform(-0.08, 0.08)
-    high = rng.uniform(0.8, 1.05)
-    grey = np.clip((density - low) / (high - low), 0, 1) ** rng.uniform(0.75, 1.3)
+    low = rng.uniform(-0.06, 0.06)
+    high = rng.uniform(0.85, 1.05)
+    grey = np.clip((density - low) / (high - low), 0, 1) ** rng.uniform(0.8, 1.25)
     grain = rng.uniform(0.005, 0.03)
     grey += grain * rng.standard_normal(canvas.shape, dtype=np.float32)
     bright, floor = rng.uniform(0.85, 1.0), rng.uniform(0, 0.08)
@@ -312,7 +310,7 @@ def _expose(canvas: _Canvas, density: Field) -> np.ndarray:
 def draw(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
     """Draws one radiograph of a scene.
 
-    Returns the image, uint8 (H, W) with sides of 208 to 256 pixels, and one bool (H, W) mask for
+    Returns the image, uint8 (H, W) with sides of 224 to 256 pixels, and one bool (H, W) mask for
     each of `scene.findings`, in their order.
     """
     canvas = _Canvas(scene, rng)

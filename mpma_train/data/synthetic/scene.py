@@ -95,7 +95,7 @@ def sample_build(rng: np.random.Generator) -> Build:
     return Build(
         width=float(rng.uniform(0.94, 1.07)),
         height=float(rng.uniform(0.94, 1.06)),
-        scoliosis=float(rng.choice((-1, 1)) * rng.uniform(0.07, 0.12)) if has_curve else 0.0,
+        scoliosis=float(rng.choice((-1, 1)) * rng.uniform(0.06, 0.1)) if has_curve else 0.0,
         aortic_knob=float(rng.uniform(0.09, 0.13)) if has_knob else float(rng.uniform(0, 0.03)),
         sex=_choice(rng, ("man", "woman")),
         age=int(rng.integers(19, 90)),
