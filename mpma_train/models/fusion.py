@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import mpma_ext
 from mpma_train.models.configuration_mpma import MpmaConfig
+from mpma_train.models.layers import UnitGainLinear
 
 # How many states the log of the memory's use looks at: enough to see a collapse, next to free.
 _USE_SAMPLE = 256
@@ -36,7 +37,7 @@ class SharedMemory(nn.Module):
     """X' = X + Wo · memory_attention(LN(X) Wq, LN(M) Wk, LN(M) Wv), for both modalities alike.
 
     Without the LayerNorm on M its small initial values would give flat weights and hardly any
-    response; for the same reason the projections start at unit gain (Xavier), not at 0.02.
+    response; for the same reason the projections start at unit gain.
     """
 
     def __init__(self, config: MpmaConfig):
@@ -47,8 +48,8 @@ class SharedMemory(nn.Module):
         self.memory = nn.Parameter(torch.empty(config.memory_slots, width))
         self.state_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.memory_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
-        self.value, self.output = nn.Linear(width, width), nn.Linear(width, width)
+        self.query, self.key = UnitGainLinear(width, width), UnitGainLinear(width, width)
+        self.value, self.output = UnitGainLinear(width, width), UnitGainLinear(width, width)
 
     def forward(self, *states: Tensor) -> tuple[list[Tensor], MemoryUse]:
         """Each (..., D), having read the memory; all in one call, the bank projected once."""
@@ -87,8 +88,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.heads, self.dropout = config.num_attention_heads, config.fusion_dropout
-        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
-        self.value, self.output = nn.Linear(width, width), nn.Linear(width, width)
+        self.query, self.key = UnitGainLinear(width, width), UnitGainLinear(width, width)
+        self.value, self.output = UnitGainLinear(width, width), UnitGainLinear(width, width)
         self.slots = config.kv_concat_slots if config.fusion == "kv_concat" else 0
         if self.slots:
             self.slot_key = nn.Parameter(torch.empty(self.slots, width))

@@ -25,6 +25,7 @@ from mpma_train.models.image_encoder import (
     fixed_positions,
     two_resolutions,
 )
+from mpma_train.models.layers import UnitGainLinear
 from mpma_train.models.masking import PairedMasks, draw_masks
 from mpma_train.models.outputs import (
     FusedFeatures,
@@ -58,18 +59,16 @@ class MpmaPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, SharedMemory):
+        # For classes from outside of transformers, this sees only modules with parameters of their
+        # own: a container cannot set its children's values here.
+        if isinstance(module, UnitGainLinear):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, SharedMemory):
             init.normal_(module.memory, std=self.config.initializer_range)
-        if isinstance(module, SharedMemory | CrossAttention):
-            for linear in (module.query, module.key, module.value, module.output):
-                init.xavier_uniform_(linear.weight)
-        if isinstance(module, CrossAttention) and module.slots:
+        elif isinstance(module, CrossAttention) and module.slots:
             head_width = module.slot_key.shape[1] // module.heads
             init.normal_(module.slot_key, std=head_width**-0.5)
             init.normal_(module.slot_value, std=module.slots**-0.5)
-        elif isinstance(module, ProjectionHead):
-            # The LayerNorm before it has unit variance, and so has what leaves it.
-            init.normal_(module.output.weight, std=module.output.in_features**-0.5)
         elif isinstance(module, GlobalLocalAlignment) and module.image_global is not None:
             scale = gla.initial_logit_scale(self.config.temperature_init)
             init.constant_(module.logit_scale, scale)
