@@ -26,20 +26,27 @@ inline void dot_rows(
   }
 }
 
+constexpr int64_t kRun = 128;  // terms that are summed one after another: the error of a long sum grows with its runs
+
 template <class T, int kVectors>
 inline void add_rows_chunk(
     const T* weights, const T* base, int64_t stride, const int32_t* numbers, int64_t count, T* out) {
-  Vector<T> sum[kVectors] = {};
-  for (int64_t j = 0; j < count; ++j) {
-    const T* row = base + numbers[j] * stride;
+  Vector<T> total[kVectors] = {};
+  for (int64_t start = 0; start < count; start += kRun) {
+    Vector<T> sum[kVectors] = {};
+    for (int64_t j = start, end = std::min(count, start + kRun); j < end; ++j) {
+      const T* row = base + numbers[j] * stride;
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sum[v] += weights[j] * load(row + v * kWidth<T>);
+      for (int v = 0; v < kVectors; ++v) sum[v] += weights[j] * load(row + v * kWidth<T>);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) total[v] += sum[v];
   }
 #pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) store(out + v * kWidth<T>, sum[v]);
+  for (int v = 0; v < kVectors; ++v) store(out + v * kWidth<T>, total[v]);
 }
 
-// out = sum_j weights[j] * row numbers[j] of base; each element is one running sum over j.
+// out = sum_j weights[j] * row numbers[j] of base, in an order that depends on count alone.
 template <class T>
 inline void add_rows(
     const T* weights, const T* base, int64_t stride, const int32_t* numbers, int64_t count, int64_t width, T* out) {
@@ -50,9 +57,14 @@ inline void add_rows(
   for (; d + kWidth<T> <= width; d += kWidth<T>)
     add_rows_chunk<T, 1>(weights, base + d, stride, numbers, count, out + d);
   for (; d < width; ++d) {
-    T sum = 0;
-    for (int64_t j = 0; j < count; ++j) sum += weights[j] * base[numbers[j] * stride + d];
-    out[d] = sum;
+    T total = 0;
+    for (int64_t start = 0; start < count; start += kRun) {
+      T sum = 0;
+      for (int64_t j = start, end = std::min(count, start + kRun); j < end; ++j)
+        sum += weights[j] * base[numbers[j] * stride + d];
+      total += sum;
+    }
+    out[d] = total;
   }
 }
 

@@ -26,13 +26,16 @@ inline T softmax(T* weights, int64_t count) {
   T top = weights[0];
   for (int64_t j = 1; j < count; ++j) top = weights[j] > top ? weights[j] : top;
   for (int64_t j = count; j % kWidth<T> != 0; ++j) weights[j] = -std::numeric_limits<T>::infinity();
-  Vector<T> sums = {};
-  for (int64_t j = 0; j < count; j += kWidth<T>) {
-    const Vector<T> e = exp(load(weights + j) - top);
-    store(weights + j, e);
-    sums += e;
+  T sum = 0;
+  for (int64_t start = 0; start < count; start += kRun) {
+    Vector<T> sums = {};
+    for (int64_t j = start, end = std::min(count, start + kRun); j < end; j += kWidth<T>) {
+      const Vector<T> e = exp(load(weights + j) - top);
+      store(weights + j, e);
+      sums += e;
+    }
+    sum += sum_lanes<T>(sums);
   }
-  const T sum = sum_lanes<T>(sums);
   for (int64_t j = 0; j < count; j += kWidth<T>) store(weights + j, load(weights + j) / sum);
   return top + std::log(sum);
 }
