@@ -101,7 +101,7 @@ def build_store(
         say(f"WARNING: {warning}")
     _check_skipped(manifest, settings, out)
     fingerprint = _fingerprint(manifest.rows, settings)
-    if _is_complete(out, fingerprint):
+    if _is_complete(out, fingerprint, settings):
         say(f"{out} already holds this store, complete: nothing to do")
         return
     tokenizer = _make_tokenizer(manifest.rows, settings)
@@ -153,7 +153,9 @@ def _check_skipped(
 
 def _fingerprint(rows: pd.DataFrame, settings: BuildSettings) -> str:
     """Hash of the tables, the image files' sizes and times, and the settings."""
-    digest = hashlib.sha256(json.dumps([FORMAT, asdict(settings)]).encode())
+    # How much may be skipped changes no image: a run that skipped too much can go on with more.
+    depends = asdict(settings) | {"max_skipped": None}
+    digest = hashlib.sha256(json.dumps([FORMAT, depends]).encode())
     digest.update(rows.to_csv(index=False).encode())
     for path in rows["path"]:
         try:
@@ -164,11 +166,12 @@ def _fingerprint(rows: pd.DataFrame, settings: BuildSettings) -> str:
     return digest.hexdigest()
 
 
-def _is_complete(out: Path, fingerprint: str) -> bool:
-    meta = out / "meta.json"
-    if (out / UNFINISHED).exists() or not meta.is_file():
+def _is_complete(out: Path, fingerprint: str, settings: BuildSettings) -> bool:
+    if (out / UNFINISHED).exists() or not (out / "meta.json").is_file():
         return False
-    return json.loads(meta.read_text(encoding="utf-8")).get("source_fingerprint") == fingerprint
+    meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
+    expected = (fingerprint, asdict(settings))
+    return (meta.get("source_fingerprint"), meta.get("settings")) == expected
 
 
 def _make_tokenizer(rows: pd.DataFrame, settings: BuildSettings):

@@ -39,6 +39,11 @@ def read_csv_pairs(path: Path | str, *, seed: int = 0) -> Manifest:
             f"{path.name} has no column patient_id: "
             "images of one patient may fall into train and test, and test results may be too good"
         )
+    elif blank := int((table["patient_id"].str.strip() == "").sum()):
+        manifest.warnings.append(
+            f"{blank} rows of {path.name} have a blank patient_id: "
+            "their patients may be in more than one split, and test results may be too good"
+        )
     if "split" not in table.columns:
         rows["split"] = split_by_patient(rows["patient_id"], seed)
     check_split(rows)

@@ -86,8 +86,8 @@ def _read_raster(path: Path, side: int, max_pixels: int) -> np.ndarray:
             return np.asarray(image.convert("L"))
     except UnreadableImageError:
         raise
-    except Image.DecompressionBombError:
-        raise UnreadableImageError(f"more than the limit of {max_pixels} pixels") from None
+    except Image.DecompressionBombError as error:
+        raise UnreadableImageError(f"more pixels than Pillow decodes ({error})") from None
     except Image.UnidentifiedImageError:
         raise UnreadableImageError("not a JPEG, PNG or DICOM image") from None
     except (OSError, ValueError, SyntaxError) as error:

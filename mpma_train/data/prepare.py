@@ -98,7 +98,10 @@ def run(args: argparse.Namespace) -> int:
 
     open_folder(args.out)
     try:
-        manifest = _read(args, console)
+        if args.source == "synthetic":
+            _draw(args, console)
+        with console.status("reading tables and reports"):
+            manifest = _read(args)
         with _progress(console, "decoding") as progress:
             build_store(
                 manifest,
@@ -115,22 +118,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(args: argparse.Namespace, console: Console) -> Manifest:
-    if args.source == "csv":
-        return read_csv_pairs(args.csv, seed=args.seed)
-    if args.source == "mimic-cxr":
-        return read_mimic_cxr(args.images, args.reports, sections=args.sections)
+def _draw(args: argparse.Namespace, console: Console) -> None:
     if args.pairs < 1:
         raise ValueError(f"pairs must be at least 1, got {args.pairs}")
-    raw = args.out / "raw"
     with _progress(console, "drawing") as progress:
         write_raw(
-            raw,
+            args.out / "raw",
             pairs=args.pairs,
             seed=args.seed,
             workers=args.workers,
             progress=lambda done: progress(done, args.pairs),
         )
+
+
+def _read(args: argparse.Namespace) -> Manifest:
+    if args.source == "csv":
+        return read_csv_pairs(args.csv, seed=args.seed)
+    if args.source == "mimic-cxr":
+        return read_mimic_cxr(args.images, args.reports, sections=args.sections)
+    raw = args.out / "raw"
     manifest = read_mimic_cxr(raw, raw)
     manifest.data_use = ""
     return manifest

@@ -125,11 +125,11 @@ class ImageWriter:
 
     def __init__(self, folder: Path, count: int, side: int, fingerprint: str):
         self.path, self.status_path = folder / "images.npy", folder / STATUS
+        self.note = folder / UNFINISHED
         self.shape = (count, side, side)
-        note = folder / UNFINISHED
         resumed = (
-            note.exists()
-            and json.loads(note.read_text()).get("fingerprint") == fingerprint
+            self.note.exists()
+            and json.loads(self.note.read_text()).get("fingerprint") == fingerprint
             and self.path.exists()
             and self.status_path.exists()
         )
@@ -137,7 +137,7 @@ class ImageWriter:
         if not resumed:
             (folder / "meta.json").unlink(missing_ok=True)
             # The note goes first: from here on the directory reads as incomplete.
-            write_atomically(note, json.dumps({"fingerprint": ""}).encode())
+            self._note("")
         self.images = np.lib.format.open_memmap(
             self.path, mode=mode, dtype=np.uint8, shape=None if resumed else self.shape
         )
@@ -145,7 +145,10 @@ class ImageWriter:
             self.status_path, mode=mode, dtype=bool, shape=None if resumed else (count,)
         )
         if not resumed:
-            write_atomically(note, json.dumps({"fingerprint": fingerprint}).encode())
+            self._note(fingerprint)
+
+    def _note(self, fingerprint: str) -> None:
+        write_atomically(self.note, json.dumps({"fingerprint": fingerprint}).encode())
 
     def write(self, row: int, image: np.ndarray) -> None:
         """Stores one image, uint8 (side, side)."""
@@ -160,6 +163,9 @@ class ImageWriter:
     def close_up(self) -> np.ndarray:
         """Removes the rows never written, in place, and returns the row numbers that were kept."""
         kept = np.flatnonzero(self.status)
+        if len(kept) < self.shape[0]:
+            # Rows are about to move: after an interruption the record would no longer fit them.
+            self._note("")
         for target, row in enumerate(kept):
             if target != row:
                 self.images[target] = self.images[row]

@@ -90,6 +90,8 @@ def test_missing_patient_identifier_is_warned_of(tmp_path):
     assert manifest.rows["patient_id"].tolist() == ["s1", "s1"]
     given = write(tmp_path, "image_path,report_content,patient_id", "a.png,One.,p")
     assert not read_csv_pairs(given).warnings
+    blank = write(tmp_path, "image_path,report_content,patient_id", "a.png,One.,", "b.png,Two.,p")
+    assert "1 rows of pairs.csv have a blank patient_id" in read_csv_pairs(blank).warnings[0]
 
 
 def test_split_is_by_patient_seeded_and_eighty_ten_ten(tmp_path):

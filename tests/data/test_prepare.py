@@ -74,7 +74,7 @@ def test_unreadable_images_are_left_out_and_rows_stay_aligned(small_mimic, tmp_p
     assert store.meta["skipped"]["images"] == 3
 
 
-def test_too_many_skipped_is_an_error_that_lists_the_reasons(small_mimic, tmp_path):
+def test_too_many_skipped_is_an_error_that_lists_the_reasons(small_mimic, tmp_path, capsys):
     small_mimic.image_path("10000030", "50414260", "0a2b-c0").write_text("no image")
     small_mimic.write_tables()
     with pytest.raises(
@@ -84,7 +84,9 @@ def test_too_many_skipped_is_an_error_that_lists_the_reasons(small_mimic, tmp_pa
     assert len(pd.read_csv(tmp_path / "out" / "skipped.csv")) == 1
     with pytest.raises(ValueError, match="incomplete"):
         Store(tmp_path / "out")
+    capsys.readouterr()
     assert prepare_mimic(small_mimic, tmp_path / "out", "--max-skipped", "0.2") == 0
+    assert "5 of 6 images are there" in capsys.readouterr().err
     assert len(Store(tmp_path / "out").pairs) == 5
 
 
@@ -129,6 +131,20 @@ def test_interrupted_preparation_is_refused_and_goes_on(small_mimic, tmp_path, m
     whole = tmp_path / "whole"
     prepare_mimic(small_mimic, whole)
     assert resumed.meta["hashes"] == Store(whole).meta["hashes"]
+
+
+def test_interruption_while_rows_are_removed_starts_afresh(small_mimic, tmp_path, monkeypatch):
+    small_mimic.image_path("10000030", "50414260", "0a2b-c0").write_text("no image")
+    small_mimic.write_tables()
+    allow = ("--max-skipped", 0.5)
+    monkeypatch.setattr(build_module, "_meta", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare_mimic(small_mimic, tmp_path / "out", *allow)
+    monkeypatch.undo()
+    prepare_mimic(small_mimic, tmp_path / "out", *allow)
+    prepare_mimic(small_mimic, tmp_path / "whole", *allow)
+    hashes = [Store(tmp_path / name).meta["hashes"] for name in ("out", "whole")]
+    assert hashes[0] == hashes[1]
 
 
 def test_interruption_under_other_settings_starts_afresh(small_mimic, tmp_path, monkeypatch):
