@@ -245,8 +245,7 @@ def write_report(
     if "Lung Opacity" in scene.labels and "Pneumonia" not in labels and rng.random() < 0.25:
         body.append(_pick(rng, UNCERTAIN_PNEUMONIA))
         labels["Pneumonia"] = -1.0
-    for _ in range(int(rng.integers(0, 3))):
-        body.append(_pick(rng, IRRELEVANT))
+    body.extend(rng.permutation(IRRELEVANT)[: int(rng.integers(0, 3))])
     body = [str(sentence) for sentence in rng.permutation(body)]
     place = int(rng.integers(0, len(body) + 1))
     findings = body[:place] + stated + body[place:]
