@@ -46,11 +46,14 @@ struct RealRows {
     return largest;
   }
 
-  // The number of the row that stood at each position of each item, -1 where masked.
+  // The number of the row that stood at each position of each item; where masked the item's first row, so that no index
+  // given from outside leads out of the item.
   std::vector<int64_t> row_of_position() const {
-    std::vector<int64_t> rows_of(items * length, -1);
-    for (int64_t i = 0; i < items; ++i)
+    std::vector<int64_t> rows_of(items * length);
+    for (int64_t i = 0; i < items; ++i) {
+      std::fill_n(rows_of.begin() + i * length, length, start[i]);
       for (int64_t row = start[i]; row < start[i + 1]; ++row) rows_of[i * length + position[row]] = row;
+    }
     return rows_of;
   }
 

@@ -29,7 +29,7 @@ inline Tensor readable_gradient(const Tensor& grad, const Tensor& tokens, const 
   STD_TORCH_CHECK(
       grad.dim() == 2 && grad.size(0) == tokens.size(0) && grad.size(1) == patches.size(0) && grad.is_cpu() &&
           grad.scalar_type() == compute_type(tokens),
-      "gradient of the similarity: expected a CPU tensor (reports, images), float64 for float64 operands, else float32");
+      "gradient of a similarity: expected a CPU tensor (reports, images), float64 for float64 operands, else float32");
   return torch::stable::contiguous(grad);
 }
 

@@ -57,7 +57,8 @@ void check_index(const Tensor& index, const Tensor& grad, const Tensor& own, con
   const int32_t* numbers = index.const_data_ptr<int32_t>();
   const int64_t rows = std::max<int64_t>(1, other.size(1));  // without any, the index is 0 and unused
   STD_TORCH_CHECK(
-      std::all_of(numbers, numbers + index.numel(), [&](int32_t i) { return i >= 0 && i < rows; }), name, ": expected numbers of rows of the other operand");
+      std::all_of(numbers, numbers + index.numel(), [&](int32_t i) { return i >= 0 && i < rows; }), name,
+      ": expected numbers of rows of the other operand");
 }
 
 std::tuple<Tensor, Tensor> token_patch_max_similarity_backward(

@@ -5,7 +5,7 @@ namespace mpma::MPMA_ISA::max_similarity {
 template <typename T>
 using Integers = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
-// A running maximum and where it stood. Of equal values the first one stays; a NaN is above all, and the first one stays.
+// A running maximum and where it stood. Of equal values the first one stays; a NaN is above all, and the first stays.
 template <typename T>
 struct Best {
   Vector<T> value;
@@ -51,9 +51,9 @@ void best_of(
   }
 }
 
-// Results (reports, images) and, for every real token and patch, which of the other side was nearest, by its number among
-// the operand's rows: patch_index (reports, images, length of a report), token_index (reports, images, patches of an
-// image). Indices of what is masked are 0.
+// Results (reports, images) and, for every real token and patch, the position of the nearest of the other side:
+// patch_index (reports, images, length of a report), token_index (reports, images, patches of an image). Where masked
+// it is 0.
 template <typename T>
 void forward(
     const cpu::RealRows<T>& tokens, const cpu::RealRows<T>& patches, T* tokens_to_patches, T* patches_to_tokens,
@@ -61,7 +61,8 @@ void forward(
   const int64_t reports = tokens.items, images = patches.items, width = tokens.width;
   const int64_t most_tokens = tokens.largest_count(), stride = row_distance(patches.largest_count());
   torch::stable::parallel_for(0, images * reports, 1, [&](int64_t begin, int64_t end) {
-    const cpu::Buffer<T> transposed(width * stride), scores(most_tokens * stride), of_token(most_tokens), of_patch(stride);
+    const cpu::Buffer<T> transposed(width * stride), scores(most_tokens * stride);
+    const cpu::Buffer<T> of_token(most_tokens), of_patch(stride);
     const cpu::Buffer<int32_t> patch(most_tokens);
     const cpu::Buffer<Integers<T>> token(stride);
     int64_t transposed_image = -1;
@@ -98,18 +99,18 @@ void forward(
   });
 }
 
-// The gradient of one side's rows, each item's summed by one thread in the order of the other side's items: what its own
-// rows chose, and what chose them. The pair of items i and j has the number i * own_step + j * other_step.
+template <typename T>
+void add_row(T weight, const T* row, T* sum, int64_t width) {
+  for (int64_t d = 0; d < width; d += kWidth<T>) store(sum + d, load(sum + d) + weight * load(row + d));
+}
+
+// The gradient of one side's rows, each item's summed by one thread in the order of the other side's items: what its
+// own rows chose, and what chose them. The pair of items i and j has the number i * own_step + j * other_step.
 template <typename T>
 void backward(
-    const cpu::RealRows<T>& own, const cpu::RealRows<T>& other, MaxDirection<T> chosen_by_own, MaxDirection<T> chosen_by_other,
-    int64_t own_step, int64_t other_step, T* grad) {
+    const cpu::RealRows<T>& own, const cpu::RealRows<T>& other, MaxDirection<T> chosen_by_own,
+    MaxDirection<T> chosen_by_other, int64_t own_step, int64_t other_step, T* grad) {
   const std::vector<int64_t> own_row = own.row_of_position(), other_row = other.row_of_position();
-  const auto add = [&](int64_t to, int64_t from, T weight) {
-    T* sum = grad + to * own.stride;
-    const T* row = other.data.get() + from * other.stride;
-    for (int64_t d = 0; d < own.width; d += kWidth<T>) store(sum + d, load(sum + d) + weight * load(row + d));
-  };
   torch::stable::parallel_for(0, own.items, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t j = 0; j < other.items; ++j) {
@@ -120,9 +121,13 @@ void backward(
         const T to_own = chosen_by_own.grad[pair] / own.count(i);
         const T to_other = chosen_by_other.grad[pair] / other.count(j);
         for (int64_t row = own.start[i]; row < own.start[i + 1]; ++row)
-          add(row, other_row[j * other.length + of_own[own.position[row]]], to_own);
+          add_row(
+              to_own, other.data.get() + other_row[j * other.length + of_own[own.position[row]]] * other.stride,
+              grad + row * own.stride, own.width);
         for (int64_t row = other.start[j]; row < other.start[j + 1]; ++row)
-          add(own_row[i * own.length + of_other[other.position[row]]], row, to_other);
+          add_row(
+              to_other, other.data.get() + row * other.stride,
+              grad + own_row[i * own.length + of_other[other.position[row]]] * own.stride, own.width);
       }
   });
 }

@@ -72,7 +72,6 @@ class Pair {
     for (int64_t t = 0; t < t_; ++t) {
       const T *b = b_.get() + t * stride_, *c = attended_.get() + t * patches_.stride;
       const T w2 = token_square(report)[t];
-      inner()[t] = dot(b, scores_.get() + t * stride_, p_);
       square()[t] = by_gram_ ? dot(b, product_.get() + t * stride_, p_) : dot(c, c, patches_.width);
       // Where patches cancel, rounding could leave the Gram form below what Cauchy and Schwarz allow, even negative.
       if (!clamped(w2)) square()[t] = std::max(square()[t], inner()[t] * inner()[t] / w2);
@@ -169,7 +168,7 @@ class Pair {
         top = x > top ? x : top;
       }
       for (int64_t t = 0; t < t_; ++t) {
-        const Vector<T> e = exp(load(scores + t * stride_) - top);
+        const Vector<T> e = exp_nonpositive(load(scores + t * stride_) - top);
         store(numerator_.get() + t * stride_ + p, e);
         sum += e;
       }
@@ -177,25 +176,30 @@ class Pair {
     }
   }
 
+  // b, and <w, c> = sum over the patches of b times the scores.
   void softmax_over_patches(int64_t t) {
-    const T* numerator = numerator_.get() + t * stride_;
+    const T *numerator = numerator_.get() + t * stride_, *scores = scores_.get() + t * stride_;
     T* b = b_.get() + t * stride_;
-    Vector<T> top = Vector<T>{} - std::numeric_limits<T>::infinity(), sums = {};
+    Vector<T> top = Vector<T>{} - std::numeric_limits<T>::infinity(), sums = {}, product = {};
     for (int64_t p = 0; p < p_; p += kWidth<T>) {
       const Vector<T> x =
           load(numerator + p) * load(inverse_.get() + p) * problem_.attention_temperature + load(hidden_.get() + p);
       store(b + p, x);
       top = x > top ? x : top;
     }
-    T largest = top[0];
-    for (int lane = 1; lane < kWidth<T>; ++lane) largest = std::max(largest, T(top[lane]));
+    top = fold_lanes<T>(top, Larger{});
     for (int64_t p = 0; p < p_; p += kWidth<T>) {
-      const Vector<T> e = exp(load(b + p) - largest);
+      const Vector<T> e = exp_nonpositive(load(b + p) - top);
       store(b + p, e);
       sums += e;
     }
-    const T inverse = 1 / sum_lanes<T>(sums);
-    for (int64_t p = 0; p < p_; p += kWidth<T>) store(b + p, load(b + p) * inverse);
+    const Vector<T> inverse = T(1) / fold_lanes<T>(sums, Sum{});
+    for (int64_t p = 0; p < p_; p += kWidth<T>) {
+      const Vector<T> share = load(b + p) * inverse;
+      store(b + p, share);
+      product += share * load(scores + p);
+    }
+    inner()[t] = sum_lanes<T>(product);
   }
 
   T log_sum_exp() {
@@ -203,7 +207,7 @@ class Pair {
     for (int64_t t = 0; t < t_; ++t) top = std::max(top, problem_.pooling_temperature * cosine()[t]);
     for (int64_t t = 0; t < t_; ++t) share()[t] = problem_.pooling_temperature * cosine()[t] - top;
     std::fill(share() + t_, share() + padded(t_), -std::numeric_limits<T>::infinity());
-    for (int64_t t = 0; t < t_; t += kWidth<T>) store(share() + t, exp(load(share() + t)));
+    for (int64_t t = 0; t < t_; t += kWidth<T>) store(share() + t, exp_nonpositive(load(share() + t)));
     for (int64_t t = 0; t < t_; ++t) sum += share()[t];
     for (int64_t t = 0; t < t_; ++t) share()[t] /= sum;
     return top + std::log(sum);
@@ -236,7 +240,8 @@ class Pair {
   bool backward_, by_gram_ = true;
   int64_t stride_, most_tokens_, p_ = 0, t_ = 0;
   const T *v_ = nullptr, *w_ = nullptr;
-  cpu::Buffer<T> transposed_, gram_, hidden_, scores_, numerator_, b_, product_, attended_, inverse_, column_, per_token_;
+  cpu::Buffer<T> transposed_, gram_, hidden_, scores_, numerator_, b_, product_, attended_;
+  cpu::Buffer<T> inverse_, column_, per_token_;
 };
 
 template <typename T>
