@@ -26,6 +26,9 @@ inline Tensor in_type(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
+// How many items of so many multiply-adds or copied numbers are worth a thread: about 10 microseconds' worth.
+inline int64_t grain(int64_t work_of_item) { return (1 << 18) / std::max<int64_t>(1, work_of_item) + 1; }
+
 template <class T>
 struct RealRows {
   int64_t items, length, width, stride;  // stride: distance of rows, zeros beyond the width
@@ -71,7 +74,7 @@ struct RealRows {
   Tensor scatter(const T* values, const Tensor& like) const {
     const Tensor tensor = torch::stable::new_empty(like, like.sizes(), compute_type(like));
     T* out = tensor.template mutable_data_ptr<T>();
-    torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, items, grain(length * width), [&](int64_t begin, int64_t end) {
       std::fill(out + begin * length * width, out + end * length * width, T(0));
       for (int64_t i = begin; i < end; ++i)
         for (int64_t row = start[i]; row < start[i + 1]; ++row)
@@ -105,7 +108,7 @@ struct RealRows {
         position(std::move(p.position)), data(rows() * stride) {
     const T* source = tensor.template const_data_ptr<T>();
     const int64_t by_item = tensor.stride(0), by_row = tensor.stride(1), by_column = tensor.stride(2);
-    torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, items, grain(length * width), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         for (int64_t row = start[i]; row < start[i + 1]; ++row) {
           const T* from = source + i * by_item + position[row] * by_row;

@@ -60,7 +60,8 @@ void forward(
     int32_t* patch_index, int32_t* token_index) {
   const int64_t reports = tokens.items, images = patches.items, width = tokens.width;
   const int64_t most_tokens = tokens.largest_count(), stride = row_distance(patches.largest_count());
-  torch::stable::parallel_for(0, images * reports, 1, [&](int64_t begin, int64_t end) {
+  const int64_t work = tokens.length * patches.length * width;
+  torch::stable::parallel_for(0, images * reports, cpu::grain(work), [&](int64_t begin, int64_t end) {
     const cpu::Buffer<T> transposed(width * stride), scores(most_tokens * stride);
     const cpu::Buffer<T> of_token(most_tokens), of_patch(stride);
     const cpu::Buffer<int32_t> patch(most_tokens);
@@ -111,7 +112,8 @@ void backward(
     const cpu::RealRows<T>& own, const cpu::RealRows<T>& other, MaxDirection<T> chosen_by_own,
     MaxDirection<T> chosen_by_other, int64_t own_step, int64_t other_step, T* grad) {
   const std::vector<int64_t> own_row = own.row_of_position(), other_row = other.row_of_position();
-  torch::stable::parallel_for(0, own.items, 1, [&](int64_t begin, int64_t end) {
+  const int64_t work = other.items * (own.length + other.length) * own.width;
+  torch::stable::parallel_for(0, own.items, cpu::grain(work), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t j = 0; j < other.items; ++j) {
         if (own.count(i) == 0 || other.count(j) == 0) continue;

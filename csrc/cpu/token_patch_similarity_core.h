@@ -247,7 +247,8 @@ class Pair {
 template <typename T>
 void forward(const SimilarityProblem<T>& problem, T* out) {
   const int64_t reports = problem.tokens.items, images = problem.patches.items;
-  torch::stable::parallel_for(0, reports * images, 1, [&](int64_t begin, int64_t end) {
+  const int64_t work = problem.tokens.length * problem.patches.length * problem.tokens.width;
+  torch::stable::parallel_for(0, reports * images, cpu::grain(work), [&](int64_t begin, int64_t end) {
     Pair<T> pair(problem, false);
     int64_t image = -1;
     for (int64_t i = begin; i < end; ++i) {
@@ -315,11 +316,14 @@ void backward(const SimilarityProblem<T>& problem, const T* grad, T* grad_tokens
     for (int64_t report0 = 0; report0 < tokens.items;) {
       int64_t report1 = report0 + 1;
       while (report1 < tokens.items && tokens.start[report1 + 1] - tokens.start[report0] <= rows_held) ++report1;
-      torch::stable::parallel_for(image0, image1, 1, [&](int64_t begin, int64_t end) {
+      const int64_t rows = tokens.start[report1] - tokens.start[report0];
+      const int64_t work_of_image = rows * patches.length * tokens.width;
+      const int64_t work_of_report = tokens.length * (image1 - image0) * patches.length * tokens.width;
+      torch::stable::parallel_for(image0, image1, cpu::grain(work_of_image), [&](int64_t begin, int64_t end) {
         image_half(image0, begin, end, report0, report1);
       });
       if (grad_tokens)
-        torch::stable::parallel_for(report0, report1, 1, [&](int64_t begin, int64_t end) {
+        torch::stable::parallel_for(report0, report1, cpu::grain(work_of_report), [&](int64_t begin, int64_t end) {
           for (int64_t report = begin; report < end; ++report) report_half(image0, image1, report0, report);
         });
       report0 = report1;

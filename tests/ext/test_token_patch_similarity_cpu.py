@@ -149,6 +149,16 @@ def test_max_form_is_as_accurate_as_eager(shape, dtype):
     assert_close_as_eager(got, by_autograd(max_in_eager, *operands), exact)
 
 
+# More scores an image than the backward holds at a time (2^20), with and without the Gram matrix.
+@pytest.mark.parametrize("shape", [(60, 90, 1, 200, 101), (30, 60, 1, 700, 4)], ids=str)
+def test_many_reports(shape):
+    tokens, patches, *_ = inputs(shape, masked=False)
+    ones = [torch.ones(x.shape[:2], dtype=torch.bool) for x in (tokens, patches)]
+    operands = (tokens, patches, *ones)
+    exact = defined(reference.token_patch_similarity, *operands)
+    assert_close_as_eager(softmax_form(*operands), by_autograd(in_eager, *operands), exact)
+
+
 @pytest.mark.parametrize("shape", [SHAPES["the model's own"], (2, 9, 3, 50, 12)], ids=str)
 def test_without_masks_equals_masks_of_ones(shape):
     tokens, patches, *_ = inputs(shape, masked=False)
@@ -234,7 +244,8 @@ def test_an_expanded_gradient_of_the_output():
 
 
 @FORMS
-@pytest.mark.parametrize("shape", [(5, 13, 7, 19, 21), (3, 9, 1, 50, 12)], ids=str)
+# Enough work for two threads, with more images than one thread takes at a time.
+@pytest.mark.parametrize("shape", [(5, 33, 7, 49, 64), (9, 40, 5, 50, 12)], ids=str)
 def test_the_bits_do_not_depend_on_the_number_of_threads(form, shape):
     operands = inputs(shape)
     before = torch.get_num_threads()
