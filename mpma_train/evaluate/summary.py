@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -23,17 +24,16 @@ def load_results(run: str | Path) -> list[Result]:
 
 
 def summary_table(run: str | Path, results: list[Result]) -> Table:
-    """Rows of every task's metrics, leaving per-label values to the tasks' own tables."""
-    table = Table(title=f"held-out results of {run}", title_style="bold")
-    table.add_column("task")
+    """A section a task; per-label values and deviations are left to the tasks' own tables."""
+    table = Table(title=f"held-out results of {run}", title_style="bold", box=SIMPLE_HEAD)
     table.add_column("metric", no_wrap=True)
-    table.add_column("model", justify="right")
+    table.add_column("model", justify="right", no_wrap=True)
     table.add_column("95 %", justify="right", no_wrap=True)
     table.add_column("baselines")
     for result in results:
-        task = f"{result.task} (n {result.n})"
+        table.add_row(f"{result.task} (n {result.n})", style="bold")
         for name, value in result.metrics.items():
-            if "/" in name:
+            if "/" in name or name.endswith("_std"):
                 continue
             others = [
                 f"{baseline} {format_number(numbers[name])}"
@@ -41,8 +41,7 @@ def summary_table(run: str | Path, results: list[Result]) -> Table:
                 if name in numbers
             ]
             interval = format_interval(result.intervals.get(name))
-            table.add_row(task, name, format_number(value), interval, " · ".join(others))
-            task = ""
+            table.add_row(f"  {name}", format_number(value), interval, " · ".join(others))
         table.add_section()
     return table
 
@@ -53,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", help="directory of a trained model with its eval folder")
     run = parser.parse_args(argv).run
     results = load_results(run)
-    console = Console()
+    # A log has no width of its own, and 80 columns would break every row.
+    console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(summary_table(run, results))
     for result in results:
         console.print(f"{result.task}: {result.caption()}", style="dim")
