@@ -18,8 +18,8 @@ from mpma_train.settings import parse_settings
 from mpma_train.weights.files import (
     Checkpoint,
     Normalisation,
-    empty_directory,
     read_checkpoint,
+    require_empty,
 )
 from mpma_train.weights.fit import (
     Change,
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.image is None and args.text is None:
         raise ValueError("convert: expected --image PATH, --text PATH or both, got neither")
-    out = empty_directory(args.out)
+    require_empty(args.out)
     image = _open(args.image, image_names, image_settings)
     text = _open(args.text, text_names, text_settings)
     store = Store(args.data) if args.data else None
@@ -129,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
     if text:
         reports["text_encoder"] = _fill(model.model.text_encoder.bert, text, [fit_text_tables])
 
+    out = args.out
     model.save_pretrained(out)
     if tokenizer is None:
         images.save_pretrained(out)

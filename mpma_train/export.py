@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, BertModel, ViTConfig, ViTModel
 
 from mpma_train.models import MpmaConfig, MpmaForPreTraining
-from mpma_train.weights.files import empty_directory, read_normalisation
+from mpma_train.weights.files import read_normalisation, require_empty
 from mpma_train.weights.names import timm_names
 
 # With every size named, any entry of timm's plain family serves.
@@ -43,9 +43,9 @@ def run(args: argparse.Namespace) -> int:
     """
     if not (args.model / "config.json").is_file():
         raise FileNotFoundError(f"model: expected a directory with config.json, got {args.model}")
-    out = empty_directory(args.out)
+    require_empty(args.out)
     model = MpmaForPreTraining.from_pretrained(args.model).eval()
-    print(_WRITERS[args.to](model, args.model, out))
+    print(_WRITERS[args.to](model, args.model, args.out))
     return 0
 
 
@@ -116,6 +116,7 @@ def _write_timm(model: MpmaForPreTraining, source: Path, out: Path) -> str:
         state = encoder.vit.state_dict()
     if normalisation := read_normalisation(source):
         recipe["image_mean"], recipe["image_std"] = normalisation.mean, normalisation.std
+    out.mkdir(parents=True, exist_ok=True)
     save_file({n: t.contiguous() for n, t in state.items()}, out / "model.safetensors")
     _write_json(out / "timm.json", recipe)
     return (

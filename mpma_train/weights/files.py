@@ -78,16 +78,14 @@ def read_normalisation(folder: Path) -> Normalisation | None:
     return Normalisation(mean, std)
 
 
-def empty_directory(path: Path) -> Path:
-    """Make a directory to write to.
+def require_empty(path: Path) -> None:
+    """Nothing is ever overwritten.
 
     Raises:
-        FileExistsError: it holds something, which is not overwritten, or is a file.
+        FileExistsError: the path is a file, or a directory that holds something.
     """
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise FileExistsError(f"out: {path} exists and is not an empty directory")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def _weight_files(folder: Path) -> list[Path]:

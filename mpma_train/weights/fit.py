@@ -8,10 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
 from mpma_train.models.configuration_mpma import MpmaConfig
-from mpma_train.models.image_encoder import fold_channels
+from mpma_train.models.image_encoder import fixed_positions, fold_channels
 from mpma_train.weights.files import Normalisation
 from mpma_train.weights.names import Named
 
@@ -74,7 +73,7 @@ def fit(
         changes: called in turn before shapes are compared; each may replace tensors in `named`.
 
     Raises:
-        ValueError: nothing fits, or shapes differ where no change is known.
+        ValueError: shapes differ where no change is known.
     """
     report = FitReport(source)
     targets = encoder.state_dict()
@@ -89,8 +88,6 @@ def fit(
     if differing:
         raise ValueError(f"{source}: shapes do not fit: {'; '.join(differing)}")
     found = [name for name in targets if name in named]
-    if not found:
-        raise ValueError(f"{source}: no tensor has a place in the model")
     encoder.load_state_dict({n: named[n].tensor for n in found}, strict=False)
     report.loaded = len(found)
     report.missing = sorted(targets.keys() - named.keys())
@@ -127,16 +124,14 @@ def fit_positions(config: MpmaConfig) -> Change:
     """The change that makes the position table one for our number of patches."""
 
     def change(named: dict[str, Named], targets: dict[str, Tensor], report: FitReport) -> None:
-        if _POSITIONS not in named:
-            return
         source, table = named[_POSITIONS].source, named[_POSITIONS].tensor
         if table.ndim != 3 or table.shape[-1] != config.hidden_size:
             return
-        count = table.shape[1]
+        count, notes = table.shape[1], []
         if math.isqrt(count) ** 2 == count:
             # timm's "no_embed_class": the class token has no position of its own.
             table = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
-            report.changed[_POSITIONS] = "a zero position for the class token"
+            notes.append("a zero position added for the class token")
         side = math.isqrt(table.shape[1] - 1)
         if side * side != table.shape[1] - 1:
             raise ValueError(
@@ -144,17 +139,19 @@ def fit_positions(config: MpmaConfig) -> Change:
                 "and one class token"
             )
         ours = math.isqrt(targets[_POSITIONS].shape[1] - 1)
-        sizes = f"{side} × {side} patches to {ours} × {ours}"
-        fixed = torch.allclose(table.float(), _sines(config.hidden_size, side), atol=1e-5)
-        if side != ours and fixed:
-            table = _sines(config.hidden_size, ours)
-            report.changed[_POSITIONS] = f"fixed sines and cosines recomputed from {sizes}"
+        sizes = f"from {side} × {side} patches to {ours} × {ours}"
+        sines = fixed_positions(side, config.hidden_size).unsqueeze(0)
+        if not torch.allclose(table.float(), sines, atol=1e-5):
+            notes.append("learned positions, which training keeps as they are")
+            if side != ours:
+                table = _interpolate(table, side, ours)
+                notes.append(f"interpolated {sizes}")
         elif side != ours:
-            table = _interpolate(table, side, ours)
-            report.changed[_POSITIONS] = f"learned positions interpolated from {sizes}, now fixed"
-        elif not fixed:
-            report.changed[_POSITIONS] = "learned positions, now fixed"
+            table = fixed_positions(ours, config.hidden_size).unsqueeze(0)
+            notes.append(f"fixed sines and cosines recomputed {sizes}")
         named[_POSITIONS] = Named(source, table)
+        if notes:
+            report.changed[_POSITIONS] = ", ".join(notes)
 
     return change
 
@@ -178,13 +175,6 @@ def fit_text_tables(named: dict[str, Named], targets: dict[str, Tensor], report:
         named[name] = Named(named[name].source, target)
         rest = "the rest cut off" if rows > ours else f"{ours - rows} new ones added"
         report.changed[name] = f"the first {kept} of {rows} rows, {rest}"
-
-
-def _sines(width: int, side: int) -> Tensor:
-    """MAE's fixed position table for side × side patches: (1, 1 + side², width)."""
-    table = build_2d_sinusoidal_position_embedding(side, side, embed_dim=width, cls_token=True)
-    # In MAE's checkpoints the half of the columns comes before that of the rows.
-    return table.roll(width // 2, dims=-1).unsqueeze(0)
 
 
 def _interpolate(table: Tensor, side: int, ours: int) -> Tensor:

@@ -279,3 +279,22 @@ def test_compiled_bert_equals_eager_mode():
         expected = ours(ids, attention_mask=mask).last_hidden_state
         got = compiled(ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(got, expected, **CLOSE)
+
+
+def test_compiled_packed_bert_needs_no_graph_a_length():
+    _, ours = twins(BertModel, bert())
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend=backend)
+    counts = []
+    with torch.no_grad():
+        for lengths in (LENGTHS, (4, 6), (9, 2, 8, 5)):
+            packed = reports(lengths)
+            expected = packed_call(ours, *packed)
+            torch.testing.assert_close(packed_call(compiled, *packed), expected, **CLOSE)
+            counts.append(len(graphs))
+    assert counts == counts[:1] * 3
