@@ -263,6 +263,20 @@ def test_layers_are_refused_by_name(module, key_heads, keywords, message):
         attention(module, query, key, key, None, **keywords)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_scale_and_other_keys_are_heeded(packed):
+    """Cross-attention of 3 queries on 5 keys with a scale of its own, in transformers' layout."""
+    query, key, value = (torch.randn(1, 4, n, 8, dtype=torch.float64) for n in (3, 5, 5))
+    keywords = {}
+    if packed:
+        keywords = {f"cu_seq_lens_{x}": torch.tensor([0, n]) for x, n in (("q", 3), ("k", 5))}
+        keywords |= {"max_length_q": 3, "max_length_k": 5}
+    output, weights = attention(Layer(), query, key, value, None, scaling=0.9, **keywords)
+    expected = (0.9 * query @ key.mT).softmax(-1) @ value
+    torch.testing.assert_close(output, expected.transpose(1, 2), **CLOSE)
+    assert weights is None
+
+
 def test_packed_rows_take_no_mask():
     _, ours = twins(BertModel, bert())
     ids, mask = reports()
