@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> memory_attention(
     double dropout_p, const std::optional<Tensor>& dropout_seed) {
   STD_TORCH_CHECK(query.dim() == 3, "memory_attention: query must have shape (R, H, D)");
   const Operands in(query, memory_key, memory_value);
-  STD_TORCH_CHECK(topk >= 0 && topk < in.slots, "memory_attention: topk must be 0 (dense) or below the number of slots");
+  STD_TORCH_CHECK(topk >= 0 && topk < in.slots, "memory_attention: topk must be 0 (dense) or below the slots");
   const Tensor output = torch::stable::new_empty(query, {in.rows, in.heads, in.width}, in.type);
   const Tensor logsumexp = torch::stable::new_empty(query, {in.rows, in.heads}, in.type);
   const Tensor indices = torch::stable::new_empty(query, {in.rows, in.heads, topk}, ScalarType::Int);

@@ -3,7 +3,7 @@
 
 namespace mpma::MPMA_ISA::memory {
 
-// Rows that will be wanted shortly: a bank is larger than the second-level cache, and their addresses follow no pattern.
+// Rows wanted shortly: a bank is larger than the second-level cache, and their addresses follow no pattern.
 template <class T>
 inline void prefetch_rows(const T* base, int64_t stride, const int32_t* numbers, int64_t count, int64_t width) {
   constexpr int64_t kLine = 64 / sizeof(T);
