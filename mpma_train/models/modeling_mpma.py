@@ -327,32 +327,32 @@ class MpmaForPreTraining(MpmaPreTrainedModel):
             text.pack(masked_ids) if config.report_active else None,
             states,
         )
-        output = MpmaForPreTrainingOutput()
-        if use is not None:
-            output.memory_used_share, output.memory_perplexity = use.used_share, use.perplexity
-
         predicted = masks.masked_tokens if config.mlm_loss_on == "masked" else attention_mask.bool()
         longest, predicted_count = global_counts(*input_ids.shape, predicted.sum())
-        parts = {}
+        parts: dict[str, Tensor] = {}
+        extra: dict[str, Tensor] = {}
         if config.image_active:
             losses = self._image_losses(states, target_image, masks)
-            output.image_loss_per_sample, parts["image"] = losses.detach(), losses.mean()
+            parts["image"], extra["image_loss_per_sample"] = losses.mean(), losses.detach()
         if config.report_active:
             losses = self._report_losses(fused_states, text.pack(predicted), text, input_ids)
-            output.report_loss_per_sample = _mean_per_report(losses.detach(), predicted, text)
             parts["report"] = losses.sum() / predicted_count.clamp(min=1)
+            extra["report_loss_per_sample"] = _mean_per_report(losses.detach(), predicted, text)
         if aligned:
             seen = model.image_encoder(image) if config.alignment_view == "full" else states
             whole = model.text_features(text, whole_states, word_ids)
             ids = gla.report_identities(config, input_ids, attention_mask, report_ids)
             parts |= self._alignment_losses(model.image_features(seen), whole, ids, longest)
-            if config.global_active:
-                output.logit_scale = model.alignment.temperature_scale().detach()
+        if config.global_active:
+            extra["logit_scale"] = model.alignment.temperature_scale().detach()
+        if use is not None:
+            extra |= {"memory_used_share": use.used_share, "memory_perplexity": use.perplexity}
 
-        for name, part in parts.items():
-            output[f"loss_{name}"] = part.detach()
-        output.loss = sum(
-            getattr(config, f"{name}_loss_weight") * part for name, part in parts.items()
+        weighted = [getattr(config, f"{name}_loss_weight") * part for name, part in parts.items()]
+        output = MpmaForPreTrainingOutput(
+            loss=sum(weighted),
+            **{f"loss_{name}": part.detach() for name, part in parts.items()},
+            **extra,
         )
         return output if return_dict or return_dict is None else output.to_tuple()
 

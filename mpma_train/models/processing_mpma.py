@@ -59,6 +59,12 @@ class MpmaImageProcessor(BaseImageProcessor):
         if isinstance(image, Image.Image):
             wide = image.mode.startswith(("I", "F"))
             image = window(np.asarray(image)) if wide else np.asarray(image.convert("L"))
+        expected = (
+            "images: each must be a PIL image, uint8 (H, W) or (1, H, W), or floating point in "
+            f"[0, 1] of ({self.size}, {self.size}); got "
+        )
+        if not isinstance(image, np.ndarray):
+            raise ValueError(f"{expected}a {type(image).__name__}")
         if image.ndim == 3 and image.shape[0] == 1:
             image = image[0]
         fits = image.shape == (self.size, self.size)
@@ -67,10 +73,7 @@ class MpmaImageProcessor(BaseImageProcessor):
             return square.astype(np.float32) / np.float32(255)
         if fits and np.issubdtype(image.dtype, np.floating):
             return image.astype(np.float32, copy=False)
-        raise ValueError(
-            "images: each must be a PIL image, uint8 (H, W) or (1, H, W), or floating point in "
-            f"[0, 1] of ({self.size}, {self.size}); got {image.dtype} {image.shape}"
-        )
+        raise ValueError(f"{expected}{image.dtype} {image.shape}")
 
 
 class MpmaProcessor(ProcessorMixin):
