@@ -32,8 +32,8 @@ class Pair {
   int64_t stride() const { return stride_; }
   bool by_gram() const { return by_gram_; }
 
-  // Takes the patches of one image: V^T, and V V^T. A quadratic form needs only half of a symmetric matrix: the forward
-  // folds the lower half onto the upper.
+  // Takes the patches of one image: V^T, and V V^T, of which only the upper half is computed. A quadratic form needs no
+  // more of a symmetric matrix: the forward counts that half twice, the backward mirrors it.
   void set_image(int64_t image) {
     v_ = patches_.item(image);
     p_ = patches_.count(image);
@@ -42,8 +42,11 @@ class Pair {
     for (int64_t p = 0; p < columns; ++p) hidden_.get()[p] = p < p_ ? T(0) : -std::numeric_limits<T>::infinity();
     patches_.transpose(image, transposed_.get(), stride_);
     if (!by_gram_) return;
-    times_transposed(v_, p_, gram_.get());
-    if (backward_) return;
+    for (int64_t p = 0; p < p_; p += kStep)
+      matmul<T>(
+          std::min(p_, p + kStep), std::min(kStep, p_ - p), patches_.width,
+          {v_, patches_.stride, 1, transposed_.get() + p, stride_, gram_.get() + p, stride_}, false);
+    if (backward_) return mirror(gram_.get());
     for (int64_t k = 0; k < p_; ++k) {
       T* row = gram_.get() + k * stride_;
       std::fill(row, row + k, T(0));
@@ -129,8 +132,7 @@ class Pair {
   // The rest of the gradient of the patches, once all reports are in `twice_grad_gram`.
   void finish_patches(T* twice_grad_gram, T* grad_patches) const {
     if (!by_gram_) return;
-    for (int64_t p = 0; p < p_; ++p)
-      for (int64_t k = 0; k < p; ++k) twice_grad_gram[p * stride_ + k] = twice_grad_gram[k * stride_ + p];
+    mirror(twice_grad_gram);
     matmul<T>(
         p_, patches_.width, p_,
         {twice_grad_gram, stride_, 1, v_, patches_.stride, grad_patches, patches_.stride}, true);
@@ -151,6 +153,12 @@ class Pair {
   T* grad_inner() { return per_token_.get() + 4 * padded(most_tokens_); }
   T* twice_grad_square() { return per_token_.get() + 5 * padded(most_tokens_); }
   const T* token_square(int64_t report) const { return problem_.token_square.data() + tokens_.start[report]; }
+
+  // The upper half of a (P, P) matrix to the lower.
+  void mirror(T* matrix) const {
+    for (int64_t p = 0; p < p_; ++p)
+      for (int64_t k = 0; k < p; ++k) matrix[p * stride_ + k] = matrix[k * stride_ + p];
+  }
 
   // rows (n, D) times V^T
   void times_transposed(const T* rows, int64_t n, T* out) const {
