@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import mpma_ext
 from mpma_train.models.configuration_mpma import MpmaConfig
 from mpma_train.models.distributed import gather_rows, pad_length, world_size
-from mpma_train.models.layers import UnitGainLinear
+from mpma_train.models.layers import UnitGainLinear, full_precision
 
 _MAX_LOGIT_SCALE = 100.0
 
@@ -71,9 +71,7 @@ class GlobalLocalAlignment(nn.Module):
         targets = _targets(report_ids)
         # A scale of up to 100 leaves too few digits of a bfloat16 product.
         with torch.autocast(image_embeds.device.type, enabled=False):
-            image, text = image_embeds.float(), text_embeds.float()
-            if image_embeds.dtype == torch.float64:
-                image, text = image_embeds, text_embeds
+            image, text = full_precision(image_embeds), full_precision(text_embeds)
             scale = self.temperature_scale().to(image.dtype)
             image_rows = scale * image @ gather_rows(text).T
             text_rows = scale * text @ gather_rows(image).T

@@ -69,12 +69,16 @@ class TimmImageEncoder(nn.Module):
             ) from error
         from mpma_ext.integrations.timm import use_mpma_attention
 
-        vit = timm.create_model(
-            name, num_classes=0, img_size=config.image_size, in_chans=config.num_channels
-        )
+        size = {"img_size": config.image_size, "in_chans": config.num_channels}
+        try:
+            vit = timm.create_model(name, num_classes=0, **size)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"image_encoder: timm has no vision transformer {name} for {size} ({error})"
+            ) from error
         if getattr(vit, "num_prefix_tokens", None) != 1 or not hasattr(vit, "_pos_embed"):
             raise ValueError(
-                f"image_encoder: timm's {name} is not a vision transformer with one class token"
+                f"image_encoder: timm's {name} is no vision transformer with one class token"
             )
         found = {"hidden_size": vit.embed_dim, "patch_size": vit.patch_embed.patch_size[0]}
         for setting, value in found.items():

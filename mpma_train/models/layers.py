@@ -1,6 +1,7 @@
-"""Layers that transformers does not have."""
+"""Layers and conversions that transformers and PyTorch do not have."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class UnitGainLinear(nn.Linear):
@@ -9,3 +10,8 @@ class UnitGainLinear(nn.Linear):
     Where nothing later normalises a scale, unit variance in is unit variance out at any width; the
     0.02 of other layers would make memory and alignment respond a hundred times too weakly.
     """
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """In float32, or in float64 if that is what it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

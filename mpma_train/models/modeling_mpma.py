@@ -41,7 +41,7 @@ from mpma_train.models.reconstruction import (
     patch_targets,
     token_losses,
 )
-from mpma_train.models.text_encoder import TextEncoder
+from mpma_train.models.text_encoder import TextEncoder, initial_positions
 
 attention.register()
 
@@ -78,6 +78,9 @@ class MpmaPreTrainedModel(PreTrainedModel):
             init.copy_(module.positions, fixed_positions(math.isqrt(count - 1), width))
         elif isinstance(module, ReportHead):
             init.zeros_(module.bias)
+        elif isinstance(module, TextEncoder):
+            table = module.bert.embeddings.position_embeddings.weight
+            init.copy_(table, initial_positions(*table.shape, self.config.initializer_range))
 
 
 class MpmaModel(MpmaPreTrainedModel):
@@ -335,9 +338,12 @@ class MpmaForPreTraining(MpmaPreTrainedModel):
             losses = self._image_losses(states, target_image, masks)
             parts["image"], extra["image_loss_per_sample"] = losses.mean(), losses.detach()
         if config.report_active:
-            losses = self._report_losses(fused_states, text.pack(predicted), text, input_ids)
+            report, place = predicted.nonzero(as_tuple=True)
+            rows = text.cu_seqlens[report] + place
+            losses = self._report_losses(fused_states, rows, input_ids[report, place])
             parts["report"] = losses.sum() / predicted_count.clamp(min=1)
-            extra["report_loss_per_sample"] = _mean_per_report(losses.detach(), predicted, text)
+            total = losses.detach().new_zeros(len(input_ids)).index_add(0, report, losses.detach())
+            extra["report_loss_per_sample"] = total / predicted.sum(dim=1).clamp(min=1)
         if aligned:
             seen = model.image_encoder(image) if config.alignment_view == "full" else states
             whole = model.text_features(text, whole_states, word_ids)
@@ -363,14 +369,10 @@ class MpmaForPreTraining(MpmaPreTrainedModel):
         side = config.patch_size * config.target_scale
         return image_losses(predicted, patch_targets(target, side, masks.masked_patches))
 
-    def _report_losses(
-        self, states: Tensor, predicted: Tensor, text: PackedText, input_ids: Tensor
-    ) -> Tensor:
-        """Cross-entropies (M,) of the M packed tokens that `predicted` (N,) marks, in order."""
-        rows = predicted.nonzero().squeeze(1)
+    def _report_losses(self, states: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropies (M,) of the rows (M,) of packed states (N, D) that have a target (M,)."""
         embeddings = self.get_input_embeddings().weight
-        logits = self.report_head(states.index_select(0, rows), embeddings)
-        return token_losses(logits, text.pack(input_ids).index_select(0, rows))
+        return token_losses(self.report_head(states.index_select(0, rows), embeddings), targets)
 
     def _alignment_losses(
         self, image: ImageFeatures, text: TextFeatures, report_ids: Tensor, longest: int
@@ -408,10 +410,3 @@ def check_pairs(pixel_values: Tensor, input_ids: Tensor, **per_pair: Tensor | No
 
 def _direction(head: ProjectionHead | None, pooled: Tensor) -> Tensor | None:
     return None if head is None else F.normalize(head(pooled), dim=-1)
-
-
-def _mean_per_report(losses: Tensor, predicted: Tensor, text: PackedText) -> Tensor:
-    """Mean over each report of the losses (M,) of the tokens `predicted` (B, T) marks: (B,)."""
-    report = predicted.nonzero()[:, 0]
-    total = losses.new_zeros(text.batch).index_add(0, report, losses)
-    return total / predicted.sum(dim=1).clamp(min=1)

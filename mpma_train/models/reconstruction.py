@@ -9,6 +9,7 @@ from transformers.models.vit_mae.modeling_vit_mae import ViTMAELayer
 
 from mpma_train.models.configuration_mpma import MpmaConfig
 from mpma_train.models.image_encoder import take_rows
+from mpma_train.models.layers import full_precision
 
 _VARIANCE_EPS = 1e-6
 
@@ -89,8 +90,7 @@ def patch_targets(image: Tensor, patch_size: int, masked_patches: Tensor) -> Ten
         MAE; float32 or better.
     """
     patches = rearrange(image, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
-    pixels = take_rows(patches, masked_patches)
-    pixels = pixels if pixels.dtype == torch.float64 else pixels.float()
+    pixels = full_precision(take_rows(patches, masked_patches))
     variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
     return (pixels - mean) / (variance + _VARIANCE_EPS).sqrt()
 
@@ -102,5 +102,4 @@ def image_losses(predicted: Tensor, target: Tensor) -> Tensor:
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each row: logits (N, V) and targets (N,) int64 to (N,)."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits, targets, reduction="none")
+    return F.cross_entropy(full_precision(logits), targets, reduction="none")

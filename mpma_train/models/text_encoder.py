@@ -1,5 +1,7 @@
 """The text encoder: transformers' BERT on packed reports, whole and masked ones in one call."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from transformers import BertModel
@@ -49,3 +51,14 @@ class TextEncoder(nn.Module):
             max_length_q=text.length,
         ).last_hidden_state
         return list(states.squeeze(0).chunk(count))
+
+
+def initial_positions(length: int, width: int, std: float) -> torch.Tensor:
+    """Sines and cosines of a report's places, of deviation `std`: (length, width).
+
+    Learned from there on, like BERT's. From random values a small encoder on a few thousand reports
+    stays long at word frequencies: that places are neighbours it would first have to find out.
+    """
+    rate = torch.exp(-math.log(1000) * torch.arange(0, width, 2) / width)
+    angle = torch.arange(length).unsqueeze(1) * rate
+    return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :width] * (std * 2**0.5)

@@ -3,7 +3,7 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
-from small_model import SMALL, build
+from small_model import SMALL
 from transformers import ViTMAEModel
 
 from mpma_train.models import MpmaConfig
@@ -89,30 +89,3 @@ def test_timm_is_asked_for_by_name():
     config = MpmaConfig(**(SMALL | {"image_encoder": "timm/vit_tiny_patch16_224"}))
     with pytest.raises(ImportError, match=r'timm/vit_tiny_patch16_224.*pip install "mpma\[timm\]"'):
         build_image_encoder(config)
-
-
-def timm_settings(**changes):
-    name = {"image_encoder": "timm/vit_tiny_patch16_224"}
-    size = {"image_size": 32, "patch_size": 16, "hidden_size": 192, "num_attention_heads": 3}
-    return SMALL | name | size | changes
-
-
-def test_timm_encoder_trains_and_sees_the_patches_it_is_told():
-    pytest.importorskip("timm")
-    model = build(**timm_settings(image_mask_ratio=0.5))
-    pixels = torch.randn(2, 1, 64, 64)
-    ids = torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]])
-    model(pixels, ids).loss.backward()
-    encoder = model.model.image_encoder
-    assert encoder.vit.patch_embed.proj.weight.grad.abs().sum() > 0
-    image = F.avg_pool2d(pixels, 2)
-    every = torch.arange(4).expand(2, -1)
-    encoder.eval()
-    assert torch.equal(encoder(image, every), encoder(image))
-    assert encoder(image, every[:, :2]).shape == (2, 3, 192)
-
-
-def test_timm_encoder_must_fit_the_settings():
-    pytest.importorskip("timm")
-    with pytest.raises(ValueError, match=r"hidden_size must be that of timm's .*192"):
-        build(**timm_settings(hidden_size=96))
