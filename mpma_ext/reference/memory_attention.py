@@ -52,8 +52,10 @@ def memory_attention(
     if kept is None:
         output = torch.einsum("rhn,nhd->rhd", weights, v)
     else:
-        head = torch.arange(heads, device=q.device).view(1, -1, 1)
-        output = torch.einsum("rhk,rhkd->rhd", weights, v[kept, head])
+        # Rows of the bank laid out head by head.
+        first = slots * torch.arange(heads, device=q.device).view(1, -1, 1)
+        values = v.transpose(0, 1).reshape(-1, width).index_select(0, (first + kept).flatten())
+        output = torch.einsum("rhk,rhkd->rhd", weights, values.view(*kept.shape, width))
     return output.to(query.dtype).reshape(query.shape)
 
 
