@@ -15,6 +15,8 @@ def outside_autocast(function):
 
     @functools.wraps(function)
     def wrapper(first, *args, **kwargs):
+        if not torch.amp.is_autocast_available(first.device.type):
+            return function(first, *args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
             return function(first, *args, **kwargs)
 

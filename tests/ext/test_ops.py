@@ -91,6 +91,17 @@ def test_cpu_backend_agrees_with_the_reference(name):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_meta_tensors_give_shapes(name):
+    make, arguments, keywords = CASES[name]
+    elsewhere = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments]
+    options = {k: x.to("meta") if k.endswith("mask") else x for k, x in keywords.items()}
+    results = getattr(mpma_ext, name)(*(x.to("meta") for x in make()), *elsewhere, **options)
+    results = results if isinstance(results, tuple) else (results,)
+    for got, want in zip(results, call(name, make()), strict=True):
+        assert (got.shape, got.dtype, got.device.type) == (want.shape, want.dtype, "meta")
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_compiled_operators_serve_by_default(name):
     """The backward of the default call is that of the compiled kernel."""
     make, _, _ = CASES[name]
