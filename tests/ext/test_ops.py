@@ -180,6 +180,12 @@ def test_opcheck_of_the_backward(name):
     torch.library.opcheck(getattr(torch.ops.mpma, f"{name}_backward"), arguments)
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    """Cases share code, and the compiler gives up on code that it met in too many forms."""
+    torch.compiler.reset()
+
+
 def compiled(name, backend, compiler):
     _, arguments, keywords = CASES[name]
 

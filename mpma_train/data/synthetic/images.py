@@ -62,12 +62,12 @@ class _Canvas:
         self.scene, self.rng = scene, rng
         height, width = int(rng.integers(224, 257)), int(rng.integers(224, 257))
         self.shape = (height, width)
-        angle = np.deg2rad(rng.normal(0, 1.2))
-        scale = rng.uniform(1.0, 1.1) * min(height, width) / 2
+        angle = np.deg2rad(rng.normal(0, 0.8))
+        scale = rng.uniform(1.02, 1.08) * min(height, width) / 2
         rows = (np.arange(height, dtype=np.float32) - height / 2)[:, None] / scale
         columns = (np.arange(width, dtype=np.float32) - width / 2)[None, :] / scale
-        rows = rows - np.float32(rng.uniform(-0.03, 0.03))
-        columns = columns - np.float32(rng.uniform(-0.03, 0.03))
+        rows = rows - np.float32(rng.uniform(-0.02, 0.02))
+        columns = columns - np.float32(rng.uniform(-0.02, 0.02))
         cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))
         self.x = (columns * cosine + rows * sine) / np.float32(scene.build.width)
         self.y = (rows * cosine - columns * sine) / np.float32(scene.build.height)
@@ -115,13 +115,13 @@ class _Canvas:
     def anatomy(self) -> Field:
         """Attenuation of a body without findings, about 0 (air) to 1 (dense)."""
         rng, x, y = self.rng, self.x, self.y
-        wall = rng.uniform(0.94, 1.12)
+        wall = rng.uniform(0.98, 1.08)
         neck = np.clip((-0.62 - y) / 0.3, 0, 1)
         body = _ramp(wall - 0.55 * neck**1.5 - np.abs(x) + 0.08 * np.clip(y, 0, 1), 0.06)
-        fat = rng.uniform(0.42, 0.6)
+        fat = rng.uniform(0.45, 0.55)
         density = fat * body
         self.air = np.maximum(*(_ramp(lung.distance, 0.07) for lung in self.lungs.values()))
-        aeration = rng.uniform(0.26, 0.38)
+        aeration = rng.uniform(0.3, 0.36)
         density -= aeration * self.air
         density += rng.uniform(0.1, 0.2) * _bump((self.midline / 0.1) ** 2)
         upper = _ramp(0.17 - np.abs(self.midline), 0.08) * _ramp(0.15 - y, 0.5)
@@ -140,7 +140,7 @@ class _Canvas:
             _bump(((lung.across - 0.2) / 0.16) ** 2 + ((y + 0.06) / 0.24) ** 2)
             for lung in self.lungs.values()
         )
-        vessels = np.maximum(self.clouds(34), 0) * (0.015 + 0.03 * hilum) + 0.03 * hilum
+        vessels = np.maximum(self.clouds(34), 0) * (0.01 + 0.02 * hilum) + 0.03 * hilum
         density += vessels * self.air
         density += (0.016 * self.clouds(5) + 0.012 * self.clouds(12)) * body
         bubble = np.hypot((x - 0.4) / 0.17, (y - self.heart_base - 0.32) / 0.09)
@@ -158,7 +158,7 @@ class _Canvas:
         cage = _ramp(0.92 - across, 0.1) * _ramp(y + 0.85, 0.2) * _ramp(0.75 - y, 0.3)
         tilt = 0.12 * rng.uniform(0.4, 1.6)
         clavicle = np.abs(y + 0.66 + tilt * (0.5 - across)) + 10 * np.maximum(across - 0.8, 0)
-        bones = ribs * cage * rng.uniform(0.3, 0.9)
+        bones = ribs * cage * rng.uniform(0.3, 0.6)
         return (bones + 0.09 * _bump((clavicle / 0.045) ** 2) * (across > 0.06)) * body
 
 
@@ -170,7 +170,7 @@ def _opacity(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
     far = np.hypot((lung.across - across) * shape, (canvas.y - y) / shape) / radius
     ragged = far + 0.16 * canvas.clouds(18)
     cloud = _bump(ragged**2 * 0.9) * np.maximum(canvas.air, 0.1)
-    return rng.uniform(0.38, 0.5) * cloud * (1 + 0.2 * canvas.clouds(30)), cloud > 0.4
+    return rng.uniform(0.5, 0.6) * cloud * (1 + 0.2 * canvas.clouds(30)), cloud > 0.4
 
 
 def _lesion(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
@@ -179,19 +179,19 @@ def _lesion(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
     radius = {"small": 0.075, "moderate": 0.11, "large": 0.16}[finding.size]
     radius *= rng.uniform(0.92, 1.08)
     ball = _ramp(radius - np.hypot(lung.across - across, canvas.y - y), 0.03)
-    return rng.uniform(0.44, 0.56) * ball, ball > 0.5
+    return rng.uniform(0.6, 0.7) * ball, ball > 0.5
 
 
 def _atelectasis(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
     lung, rng = canvas.lungs[finding.side], canvas.rng
     across, y = lung.point(rng, finding.zone, _clear_of_heart(canvas, finding))
     length = {"small": 0.14, "moderate": 0.21, "large": 0.28}[finding.size]
-    thick = {"small": 0.036, "moderate": 0.046, "large": 0.06}[finding.size]
+    thick = {"small": 0.045, "moderate": 0.058, "large": 0.072}[finding.size]
     lean = rng.uniform(-0.5, 0.5)
     along = lung.across - across + lean * (canvas.y - y)
     away = canvas.y - y - lean * (lung.across - across)
     band = _bump((away / thick) ** 2) * _ramp(length - np.abs(along), 0.06) * (canvas.air > 0.2)
-    return rng.uniform(0.42, 0.54) * band, band > 0.4
+    return rng.uniform(0.6, 0.7) * band, band > 0.4
 
 
 def _effusion(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
@@ -209,7 +209,7 @@ def _effusion(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
             fluid = fluid * _ramp(lung.across - 0.42, 0.2)
         fluid = fluid * _ramp(lung.distance, 0.07)
         total = np.maximum(total, fluid)
-    return rng.uniform(0.3, 0.36) * total * (1 - 0.7 * canvas.heart), total > 0.5
+    return rng.uniform(0.36, 0.42) * total * (1 - 0.7 * canvas.heart), total > 0.5
 
 
 def _pneumothorax(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
@@ -226,7 +226,7 @@ def _pneumothorax(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
     line = _bump((inward / 0.022) ** 2) * inside
     collapse = 0.1 * {"small": 0.4, "moderate": 0.8, "large": 1.3}[finding.size]
     shrunk = inside * (1 - gas)
-    return 0.17 * line + collapse * shrunk - rng.uniform(0.19, 0.25) * gas, (gas > 0.5)
+    return 0.17 * line + collapse * shrunk - rng.uniform(0.26, 0.3) * gas, (gas > 0.5)
 
 
 def _stroke(canvas: _Canvas, points: list[tuple[float, float]], width: float) -> Field:
@@ -263,7 +263,7 @@ def _device(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
         way = [(x, y), (sign * 0.2, -0.6), (-0.1, -0.4), (-0.12, 0.0)]
         lead = _stroke(canvas, [*way, (0.22, canvas.heart_base - 0.1)], 0.024)
         drawn = np.maximum(_ramp(1 - box, 0.25), lead)
-    return rng.uniform(0.42, 0.55) * drawn, drawn > 0.5
+    return rng.uniform(0.6, 0.7) * drawn, drawn > 0.5
 
 
 def _cardiomegaly(canvas: _Canvas, finding: Finding) -> tuple[Field, Field]:
@@ -293,10 +293,10 @@ def _expose(canvas: _Canvas, density: Field) -> np.ndarray:
     rng = canvas.rng
     tilt = rng.normal(0, 0.03, 2)
     density = density + tilt[0] * canvas.x + tilt[1] * canvas.y + 0.02 * canvas.clouds(3)
-    low = rng.uniform(-0.06, 0.06)
-    high = rng.uniform(0.85, 1.05)
-    grey = np.clip((density - low) / (high - low), 0, 1) ** rng.uniform(0.8, 1.25)
-    grain = rng.uniform(0.005, 0.03)
+    low = rng.uniform(-0.06, 0.0)
+    high = rng.uniform(1.0, 1.1)
+    grey = np.clip((density - low) / (high - low), 0, 1) ** rng.uniform(0.9, 1.15)
+    grain = rng.uniform(0.005, 0.02)
     grey += grain * rng.standard_normal(canvas.shape, dtype=np.float32)
     bright, floor = rng.uniform(0.85, 1.0), rng.uniform(0, 0.08)
     grey = floor + (bright - floor) * grey

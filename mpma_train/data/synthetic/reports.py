@@ -239,13 +239,13 @@ def write_report(
     absent = [name for name in NEGATIONS if name not in labels]
     if scene.heart_word == "borderline":
         absent.remove("Cardiomegaly")
-    for name in rng.permutation(absent)[: int(rng.integers(2, 5))]:
+    for name in rng.permutation(absent)[: int(rng.integers(2, 4))]:
         body.append(_pick(rng, NEGATIONS[name]))
         labels[str(name)] = 0.0
     if "Lung Opacity" in scene.labels and "Pneumonia" not in labels and rng.random() < 0.25:
         body.append(_pick(rng, UNCERTAIN_PNEUMONIA))
         labels["Pneumonia"] = -1.0
-    body.extend(rng.permutation(IRRELEVANT)[: int(rng.integers(0, 3))])
+    body.extend(rng.permutation(IRRELEVANT)[: int(rng.integers(0, 2))])
     body = [str(sentence) for sentence in rng.permutation(body)]
     place = int(rng.integers(0, len(body) + 1))
     findings = body[:place] + stated + body[place:]

@@ -33,7 +33,7 @@ from .questions import ask
 from .reports import write_report
 from .scene import Scene, sample_build, sample_scene
 
-GENERATOR_VERSION = 4
+GENERATOR_VERSION = 5
 SPLIT_SHARES = {"train": 0.8, "validate": 0.1, "test": 0.1}
 VIEW_MEANINGS = {"PA": "postero-anterior", "AP": "antero-posterior"}
 
