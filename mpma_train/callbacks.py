@@ -12,7 +12,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mpma_train.data.sampler import StudySampler
 
-# Every line of metrics.jsonl has these; null where the model has no such part.
+# Every line of metrics.jsonl has these, averaged since the line before; null where the model has
+# no such part. pairs_per_second counts all processes, data_wait is the share of the time in which
+# the first one waited for data, peak_memory_mb the device's (on a CPU the process's) highest so far
+# in MiB, memory_used_share the share of the memory's slots that were read.
 LOGGED = (
     "step",
     "epoch",

@@ -14,7 +14,13 @@ from mpma_train.data.dataset import PairDataset
 from mpma_train.data.store import Store
 from mpma_train.model_card import write_model_card
 from mpma_train.models import MpmaConfig, MpmaForPreTraining, MpmaProcessor
-from mpma_train.settings import MpmaTrainingArguments, Settings, parse_settings
+from mpma_train.settings import (
+    MpmaTrainingArguments,
+    Settings,
+    changed_settings,
+    parse_settings,
+    save_settings,
+)
 from mpma_train.trainer import MpmaTrainer
 
 
@@ -46,27 +52,30 @@ def run(argv: Sequence[str]) -> int:
     set_seed(args.seed)
     model, processor = build_model(settings, store)
     dataset = _dataset(store, "train", model.config, settings, args)
-    _check_batch(dataset, args)
+    evaluated = None
+    if args.eval_strategy != "no":
+        evaluated = _dataset(store, "validate", model.config, settings, args)
     if args.ddp_find_unused_parameters is None:
         # Transformers would search in every step; without its loss the fusion alone is unused.
         args.ddp_find_unused_parameters = not model.config.report_active
-    evaluates = args.eval_strategy != "no"
     trainer = MpmaTrainer(
         model=model,
         args=args,
         data_collator=PairCollator(processor, max_length=settings.data.max_length),
         train_dataset=dataset,
-        eval_dataset=_dataset(store, "validate", model.config, settings, args)
-        if evaluates
-        else None,
+        eval_dataset=evaluated,
         processing_class=processor,
         text_learning_rate=settings.data.text_learning_rate,
     )
     if trainer.is_world_process_zero():
         if checkpoint is None:
             remove_run(output_dir)
-        settings.save(output_dir / "settings.yaml", model.config)
+        values = settings.effective(model.config)
         _say_what_starts(store, dataset, model, args, checkpoint)
+        if checkpoint:
+            for change in changed_settings(values, Path(checkpoint).parent / "settings.yaml"):
+                print(f"  not as before: {change}", flush=True)
+        save_settings(values, output_dir / "settings.yaml")
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except ValueError as error:
@@ -136,7 +145,7 @@ def _dataset(
 ) -> PairDataset:
     training = split == "train"
     data = settings.data
-    return PairDataset(
+    dataset = PairDataset(
         store,
         split,
         shuffle_sentences=training and data.shuffle_sentences,
@@ -146,15 +155,14 @@ def _dataset(
         shuffle_pairs=training and data.shuffle_pairs,
         seed=args.seed,
     )
-
-
-def _check_batch(dataset: PairDataset, args: MpmaTrainingArguments) -> None:
-    batch = args.train_batch_size * args.world_size
+    kind = "train" if training else "eval"
+    batch = getattr(args, f"{kind}_batch_size") * args.world_size
     if args.dataloader_drop_last and dataset.num_studies < batch:
         raise ValueError(
-            f"per_device_train_batch_size: a batch of {batch} pairs needs as many studies, the "
-            f"training split has {dataset.num_studies}"
+            f"per_device_{kind}_batch_size: a batch of {batch} pairs needs as many studies, the "
+            f"split {split} has {dataset.num_studies}"
         )
+    return dataset
 
 
 def _writable_directory(path: str | None) -> Path:

@@ -101,6 +101,8 @@ class MpmaTrainingArguments(TrainingArguments):
         for name, (value, why) in refused.items():
             if getattr(self, name) is value:
                 raise ValueError(f"{name}: {str(value).lower()} is refused, {why}")
+        # Declared as text, though transformers wants a truth value in its place.
+        self.fsdp = {"true": True, "false": None}.get(self.fsdp, self.fsdp)
         super().__post_init__()
         # Pinning is for copies to a device, and torch warns where there is none.
         self.dataloader_pin_memory &= self.device.type != "cpu"
@@ -130,8 +132,8 @@ class Settings:
         """Build transformers' arguments, which sets devices and processes up."""
         return MpmaTrainingArguments(**self.training)
 
-    def save(self, path: Path, model_config: MpmaConfig) -> None:
-        """Write every effective setting as YAML that `mpma pretrain` reads back."""
+    def effective(self, model_config: MpmaConfig) -> dict[str, Any]:
+        """Every setting of the run by name, defaults included, as YAML can hold it."""
         training = {
             f.name: f.default
             for f in dataclasses.fields(MpmaTrainingArguments)
@@ -142,8 +144,7 @@ class Settings:
         # What decides how this start goes, and what must stay secret, is no property of the run.
         for name in ("resume_from_checkpoint", "overwrite_output_dir", "local_rank", "hub_token"):
             values.pop(name, None)
-        values = {name: value for name, value in values.items() if value not in (None, "")}
-        path.write_text(yaml.safe_dump(values, sort_keys=True), encoding="utf-8")
+        return {name: value for name, value in values.items() if value not in (None, "")}
 
 
 def _model_fields() -> list[dataclasses.Field]:
@@ -228,6 +229,21 @@ def _as_text(value: Any) -> str:
 def _nearest(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def save_settings(values: dict[str, Any], path: Path) -> None:
+    """Write effective settings as a file that `mpma pretrain` reads back."""
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+
+
+def changed_settings(values: dict[str, Any], path: Path) -> list[str]:
+    """What differs from the settings saved at `path`, a line each; nothing without that file."""
+    before = _read_yaml(path) if path.is_file() else values
+    return [
+        f"{name}: {before.get(name)} -> {values.get(name)}"
+        for name in sorted(before.keys() | values.keys())
+        if before.get(name) != values.get(name)
+    ]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from mpma_train.data.seeding import stateless_generator, stateless_seed
 
 
 def image(side=32):
-    return stateless_generator(0, 0, "x", "test").random((side, side), dtype=np.float32)
+    return stateless_generator(0, 0, "x", "test").integers(0, 256, (side, side), dtype=np.uint8)
 
 
 def test_seeds_depend_on_every_part():
@@ -36,16 +36,17 @@ def test_augmentation_repeats_and_stays_in_range():
 
 def test_augmentation_is_light_and_shifts_by_no_more_than_asked():
     # A bright dot on mid grey: after any augmentation it is within max_shift of where it was.
-    x = np.full((32, 32), 0.5, dtype=np.float32)
-    x[10, 20] = 0.95
+    x = np.full((32, 32), 128, dtype=np.uint8)
+    x[10, 20] = 240
     places = set()
     for epoch in range(60):
         out = augment_image(x, stateless_generator(0, epoch, "a", "augment"), max_shift=2)
         row, column = np.unravel_index(out.argmax(), out.shape)
         assert abs(row - 10) <= 2 and abs(column - 20) <= 2
         places.add((int(row), int(column)))
-        # 0.05 of brightness and noise of 0.02, whose mean over 1,024 pixels is below 0.003.
-        assert abs(float(np.median(out)) - 0.5) < 0.06
+        # 0.05 of brightness, and noise of 0.02 whose mean over 1,024 pixels is below 0.003.
+        assert abs(float(np.median(out)) - 128 / 255) < 0.06
+        assert 0.015 < out[20:].std() < 0.025
     assert len(places) > 15
 
 

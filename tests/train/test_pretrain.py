@@ -166,6 +166,8 @@ def test_user_errors_are_one_line(pretrain_argv, config_path, tmp_path, capsys):
     assert "hidden_size must be a multiple" in error("--hidden_size", "33")
     assert "max_length: expected at most" in error("--max_length", "65")
     assert "a batch of 65 pairs" in error("--per_device_train_batch_size", "65")
+    wrong_evaluation = ("--eval_strategy", "epoch", "--per_device_eval_batch_size", "17")
+    assert "per_device_eval_batch_size: a batch of 17" in error(*wrong_evaluation)
     assert "model_name_or_path: no such" in error("--model_name_or_path", "/nowhere")
     assert "no complete checkpoint in" in error("--resume_from_checkpoint", "true")
     assert "lacks its directory" in error("--resume_from_checkpoint", str(tmp_path / "none"))

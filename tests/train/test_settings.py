@@ -5,7 +5,12 @@ import pytest
 import yaml
 
 from mpma_train.models import MpmaConfig
-from mpma_train.settings import MpmaTrainingArguments, parse_settings
+from mpma_train.settings import (
+    MpmaTrainingArguments,
+    changed_settings,
+    parse_settings,
+    save_settings,
+)
 
 CONFIGS = Path(__file__).parents[2] / "mpma_train" / "configs"
 
@@ -75,7 +80,12 @@ def test_saved_settings_give_the_same_run(write, tmp_path):
         use_cpu=True,
     )
     first = parse_settings([config, "--seed", "7", "--resume_from_checkpoint", "true"])
-    first.save(tmp_path / "settings.yaml", MpmaConfig(**first.model))
+    values = first.effective(MpmaConfig(**first.model))
+    save_settings(values, tmp_path / "settings.yaml")
+    assert changed_settings(values, tmp_path / "settings.yaml") == []
+    other = values | {"seed": 8, "augment": False}
+    changes = ["augment: True -> False", "seed: 7 -> 8"]
+    assert changed_settings(other, tmp_path / "settings.yaml") == changes
     second = parse_settings([str(tmp_path / "settings.yaml")])
     assert second.data == first.data
     assert MpmaConfig(**second.model).to_dict() == MpmaConfig(**first.model).to_dict()
