@@ -1,5 +1,5 @@
 // Every operator's schema, once. The kernels register themselves at the foot of their own files, and the
-// Python side adds fakes, autograd, autocast and a default kernel for devices without a compiled one.
+// Python side adds fakes, autograd and autocast. A device without a kernel is served by the reference.
 
 #include <Python.h>
 

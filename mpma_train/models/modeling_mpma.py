@@ -45,6 +45,9 @@ from mpma_train.models.text_encoder import TextEncoder, initial_positions
 
 attention.register()
 
+# Sines and cosines: parameters that are saved but never learned.
+_FIXED = ("image_encoder.embeddings.position_embeddings", "image_decoder.positions")
+
 
 class MpmaPreTrainedModel(PreTrainedModel):
     """Loading, saving and initial values."""
@@ -55,6 +58,16 @@ class MpmaPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ("ViTMAELayer", "BertLayer", "FusionBlock")
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As transformers', which makes every parameter trainable: positions are fixed again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, parameter in model.named_parameters():
+            if name.endswith(_FIXED):
+                parameter.requires_grad_(False)
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

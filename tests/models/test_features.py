@@ -168,3 +168,14 @@ def test_reports_that_are_too_long_are_refused(model):
     batch = make_batch((33, 4))
     with pytest.raises(ValueError, match="max_position_embeddings 32 tokens a report, got 33"):
         model(**batch)
+
+
+def test_what_is_fixed_stays_fixed_after_loading(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    loaded, info = MpmaForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    fixed, expected = (
+        {name for name, p in m.named_parameters() if not p.requires_grad} for m in (loaded, model)
+    )
+    assert fixed == expected and len(fixed) == 2
