@@ -35,7 +35,8 @@ pretrain: install
 	@echo "== data"
 	$(BIN)/mpma prepare synthetic --out $(DATA) --pairs 2400 --seed 0 --side 128
 	@echo "== pretraining"
-	$(BIN)/mpma pretrain mpma_train/configs/tiny.yaml --data $(DATA) --output_dir $(RUN)
+	$(BIN)/mpma pretrain mpma_train/configs/tiny.yaml --data $(DATA) --output_dir $(RUN) \
+		--overwrite_output_dir true
 	@echo "== evaluation on held-out pairs"
 	$(BIN)/mpma evaluate retrieval --model $(RUN) --data $(DATA) > /dev/null
 	$(BIN)/mpma evaluate linear --model $(RUN) --data $(DATA) > /dev/null

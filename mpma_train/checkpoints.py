@@ -42,9 +42,13 @@ def find_checkpoint(output_dir: Path, resume: str | None, *, overwrite: bool) ->
 
 
 def remove_run(output_dir: Path) -> None:
-    """Remove the checkpoints that a run from the start replaces; the rest it writes over."""
+    """Remove the checkpoints and results that a run from the start replaces.
+
+    The rest it writes over.
+    """
     for checkpoint in _checkpoints(output_dir):
         shutil.rmtree(checkpoint)
+    shutil.rmtree(output_dir / "eval", ignore_errors=True)
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

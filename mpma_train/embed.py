@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="DIR", help="prepared store")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.npz")
     parser.add_argument("--split", default="test", choices=SPLITS)
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64)
 
 
 @torch.no_grad()

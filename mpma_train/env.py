@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parameters",
         metavar="CONFIG",
-        help="print the parameter table of the model that this configuration file describes",
+        help="print the parameter table of a preset (mpma_base) or of a configuration file",
     )
 
 

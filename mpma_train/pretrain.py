@@ -127,7 +127,10 @@ def build_model(settings: Settings, store: Store) -> tuple[MpmaForPreTraining, M
         model = MpmaForPreTraining(config)
     else:
         model = MpmaForPreTraining.from_pretrained(start, config=config)
-    return model, MpmaProcessor.from_store(store, config)
+    processor = MpmaProcessor.from_store(store, config)
+    # Evaluations cut reports where training did.
+    processor.tokenizer.model_max_length = settings.data.max_length
+    return model, processor
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:

@@ -30,6 +30,8 @@ _FROM_TOKENIZER = {
     "special_token_ids",
 }
 
+_PRESETS = Path(__file__).parent / "configs"
+
 
 @dataclass
 class DataSettings:
@@ -179,7 +181,7 @@ def parse_settings(argv: Sequence[str], *, prog: str = "mpma pretrain") -> Setti
     """Read the configuration file that `argv` names, then let the rest of `argv` override it.
 
     Args:
-        argv: `CONFIG.yaml` and `--setting value` pairs.
+        argv: `CONFIG.yaml`, or the name of a preset, and `--setting value` pairs.
         prog: name of the command for its help.
 
     Raises:
@@ -189,13 +191,15 @@ def parse_settings(argv: Sequence[str], *, prog: str = "mpma pretrain") -> Setti
     """
     classes = (DataSettings, _model_settings_class(), MpmaTrainingArguments)
     parser = _Parser(classes, prog=prog, allow_abbrev=False, formatter_class=HelpFormatter)
-    parser.add_argument("config", help="YAML file with defaults for any setting below")
+    parser.add_argument(
+        "config", help="YAML file with defaults for any setting below, or the name of a preset"
+    )
     groups = [[f.name for f in dataclasses.fields(c) if f.init] for c in classes]
     known = [name for group in groups for name in group]
 
     given = _parse(parser, known, list(argv))
     values: dict[str, Any] = {}
-    config = Path(given.pop("config"))
+    config = _named(given.pop("config"))
     for name, value in _read_yaml(config).items():
         if name not in known:
             raise ValueError(f"{config}: unknown setting {name!r}{_nearest(name, known)}")
@@ -209,6 +213,12 @@ def parse_settings(argv: Sequence[str], *, prog: str = "mpma pretrain") -> Setti
     values |= given
     data, model, training = ({n: values[n] for n in g if n in values} for g in groups)
     return Settings(DataSettings(**data), model, training)
+
+
+def _named(config: str) -> Path:
+    """The preset of that name, or the file."""
+    preset = _PRESETS / f"{config}.yaml"
+    return preset if preset.is_file() else Path(config)
 
 
 def _parse(parser: _Parser, known: list[str], argv: list[str]) -> dict[str, Any]:

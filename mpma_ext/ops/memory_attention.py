@@ -97,7 +97,7 @@ def memory_attention(
         # One attention problem with every row as a query, so that the bank is not expanded.
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (rows, memory_key, memory_value))
         output = scaled_dot_product_attention(q, k, v, scale=scale)
-        return output.squeeze(0).transpose(0, 1).reshape(query.shape)
+        return output.squeeze(0).transpose(0, 1).contiguous().view(query.shape)
     output, _, _ = torch.ops.mpma.memory_attention(
         rows, memory_key, memory_value, 0 if dense else topk, scale, dropout_p, seed
     )

@@ -1,14 +1,11 @@
 """Parameters by what the optimiser does with them, and counted by part of the model.
 
-`python -m mpma_train.models.parameters [--config NAME|FILE]` prints the table.
+`mpma env --parameters CONFIG` prints the table.
 """
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from mpma_train.models.configuration_mpma import MpmaConfig
@@ -83,22 +80,3 @@ def parameter_table(config: MpmaConfig) -> list[tuple[str, int]]:
 def format_table(rows: list[tuple[str, int]]) -> str:
     """The table as text, a line a part, numbers in columns."""
     return "\n".join(f"{part:<16}{count:>14,}" for part, count in rows)
-
-
-def main() -> None:
-    """Print the table of a preset, of a YAML file, or of the default configuration."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--config", help="name of a preset, or a YAML file with model settings")
-    name = parser.parse_args().config
-    settings: dict[str, Any] = {}
-    if name is not None:
-        preset = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
-        with (preset if preset.is_file() else Path(name)).open(encoding="utf-8") as file:
-            settings = yaml.safe_load(file)
-    known = MpmaConfig.setting_names()
-    config = MpmaConfig(**{key: value for key, value in settings.items() if key in known})
-    print(format_table(parameter_table(config)))
-
-
-if __name__ == "__main__":
-    main()

@@ -302,9 +302,9 @@ def test_torch_backend_is_taken_by_name_only_where_masks_may_hide_nan():
 def test_torch_backend_serves_the_dense_memory():
     query, key, value = CASES["memory_attention"][0](torch.float64)
     expected = mpma_ext.memory_attention(query, key, value, backend="reference")
-    torch.testing.assert_close(
-        mpma_ext.memory_attention(query, key, value, backend="torch"), expected
-    )
+    output = mpma_ext.memory_attention(query, key, value, backend="torch")
+    torch.testing.assert_close(output, expected)
+    assert output.is_contiguous()
     with pytest.raises(ValueError, match="no fused attention over the topk"):
         mpma_ext.memory_attention(query, key, value, topk=3, backend="torch")
 

@@ -1,14 +1,10 @@
-import sys
-
 import pytest
 import torch
 from small_model import SMALL, build
 
 from mpma_train.models import MpmaConfig
 from mpma_train.models.parameters import (
-    format_table,
     get_parameter_groups,
-    main,
     no_weight_decay,
     parameter_table,
 )
@@ -59,12 +55,3 @@ def test_true_size():
     block = 4 * 768 * 769 + 768 * 3072 * 2 + 3072 + 768 + 4 * 768
     assert table["image encoder"] == 12 * block + (16 * 16 + 1) * 768 + 198 * 768 + 2 * 768
     assert 2.4e8 < table["total"] < 2.5e8
-
-
-def test_command_prints_the_table_of_a_preset(tmp_path, monkeypatch, capsys):
-    config = tmp_path / "small.yaml"
-    config.write_text("image_size: 32\nlearning_rate: 0.1\n")
-    monkeypatch.setattr(sys, "argv", ["parameters", "--config", str(config)])
-    main()
-    printed = capsys.readouterr().out.strip()
-    assert printed == format_table(parameter_table(MpmaConfig(image_size=32)))

@@ -51,3 +51,12 @@ def test_env_prints_the_parameter_table_of_a_configuration(config_path, capsys):
     counts = {part.strip(): int(count.replace(",", "")) for part, count in table.items()}
     assert counts.pop("total") == sum(counts.values())
     assert counts["image encoder"] > 0 and counts["text encoder"] > 0
+
+
+def test_a_preset_goes_by_its_name(capsys):
+    assert cli.main(["env", "--parameters", "mpma_base"]) == 0
+    *_, total = capsys.readouterr().out.splitlines()
+    # ViT-B and BERT-base are 86 and 109 million; decoder, fusion and heads come on top.
+    assert total.startswith("total") and 195e6 < int(total.split()[-1].replace(",", "")) < 300e6
+    assert cli.main(["env", "--parameters", "no_such_preset"]) == 2
+    assert "no such file: no_such_preset" in capsys.readouterr().err
