@@ -101,7 +101,7 @@ def build_store(
         say(f"WARNING: {warning}")
     _check_skipped(manifest, settings, out)
     fingerprint = _fingerprint(manifest.rows, settings)
-    if _is_complete(out, fingerprint, settings):
+    if _is_complete(out, fingerprint):
         say(f"{out} already holds this store, complete: nothing to do")
         return
     tokenizer = _make_tokenizer(manifest.rows, settings)
@@ -166,12 +166,11 @@ def _fingerprint(rows: pd.DataFrame, settings: BuildSettings) -> str:
     return digest.hexdigest()
 
 
-def _is_complete(out: Path, fingerprint: str, settings: BuildSettings) -> bool:
+def _is_complete(out: Path, fingerprint: str) -> bool:
     if (out / UNFINISHED).exists() or not (out / "meta.json").is_file():
         return False
     meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
-    expected = (fingerprint, asdict(settings))
-    return (meta.get("source_fingerprint"), meta.get("settings")) == expected
+    return meta.get("source_fingerprint") == fingerprint
 
 
 def _make_tokenizer(rows: pd.DataFrame, settings: BuildSettings):

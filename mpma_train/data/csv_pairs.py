@@ -91,6 +91,20 @@ def _select(table: pd.DataFrame, folder: Path, manifest: Manifest) -> pd.DataFra
     return pd.concat([rows, labels.iloc[numbers].reset_index(drop=True)], axis=1)
 
 
+def _numbers(cells: pd.Series) -> np.ndarray:
+    """1, 0 and -1 as float32, blank as NaN; ValueError names the first cell that is none."""
+    blank = cells.isna() | (cells.astype(str).str.strip() == "")
+    numbers = pd.to_numeric(cells.where(~blank), errors="coerce")
+    wrong = ~blank & ~numbers.isin((1, 0, -1))
+    if wrong.any():
+        place = int(wrong.to_numpy().argmax())
+        raise ValueError(
+            f"column {cells.name!r}, row {place + 1}: a label must be 1 (positive), 0 (negative), "
+            f"-1 (uncertain) or blank (not mentioned), got {cells.iloc[place]!r}"
+        )
+    return numbers.to_numpy(dtype=np.float32)
+
+
 def _labels(table: pd.DataFrame) -> pd.DataFrame:
     """float32 columns label/<Name>, one row a row of the table."""
     columns: dict[str, np.ndarray] = {}
@@ -101,8 +115,7 @@ def _labels(table: pd.DataFrame) -> pd.DataFrame:
     for column in table.columns:
         name = column.removeprefix(LABEL_PREFIX)
         if name != column or name in CHEXPERT_LABELS:
-            numbers = pd.to_numeric(table[column], errors="coerce")
-            columns[name] = numbers.to_numpy(dtype=np.float32)
+            columns[name] = _numbers(table[column])
     return pd.DataFrame(
         {LABEL_PREFIX + name: column for name, column in columns.items()}, table.index
     )

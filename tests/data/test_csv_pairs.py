@@ -38,6 +38,14 @@ def test_label_columns(tmp_path):
     np.testing.assert_array_equal(rows["label/Other thing"], [1, 0])
 
 
+@pytest.mark.parametrize("cell", ["yes", "2", "True"])
+def test_label_that_is_none_is_named(tmp_path, cell):
+    header = "image_path,report_content,Edema"
+    path = write(tmp_path, header, "a.png,One.,1", f"b.png,Two.,{cell}")
+    with pytest.raises(ValueError, match=rf"'Edema', row 2: a label must be 1 .*got '{cell}'"):
+        read_csv_pairs(path)
+
+
 @pytest.mark.parametrize("gone", ["image_path", "report_content"])
 def test_missing_column_is_named(tmp_path, gone):
     header = "image_path,report_content".replace(gone, "other")

@@ -163,7 +163,7 @@ def test_second_run_does_nothing_until_a_file_changes(small_mimic, tmp_path, cap
     out = tmp_path / "out"
     prepare_mimic(small_mimic, out)
     written = (out / "images.npy").stat().st_mtime_ns
-    prepare_mimic(small_mimic, out)
+    prepare_mimic(small_mimic, out, "--max-skipped", 0.5)  # changes no image
     assert "nothing to do" in capsys.readouterr().err
     assert (out / "images.npy").stat().st_mtime_ns == written
     ramp_jpeg(small_mimic.image_path("10000030", "50414260", "0a2b-c0"), 20, 40)
