@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -7,6 +8,7 @@ from train_runs import read_metrics, write_store
 
 from mpma_train import cli, trainer
 from mpma_train.callbacks import LOGGED
+from mpma_train.data.store import Store
 from mpma_train.models import MpmaForPreTraining, MpmaProcessor
 
 PARTS = ("loss_image", "loss_report", "loss_global", "loss_local")
@@ -144,6 +146,27 @@ def test_training_goes_on_from_a_model_directory(finished, pretrain_argv, tmp_pa
     one, two = (MpmaForPreTraining.from_pretrained(p) for p in (finished, tmp_path / "run"))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert f"`{finished}`" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_embeddings_of_a_split(finished, store_path, tmp_path, capsys):
+    argv = ["embed", "--model", str(finished), "--data", str(store_path), "--split", "validate"]
+    assert cli.main([*argv, "--out", str(tmp_path / "e.npz"), "--batch-size", "5"]) == 0
+    arrays = np.load(tmp_path / "e.npz")
+    store = Store(store_path)
+    pairs = store.pairs.iloc[store.rows("validate")]
+    assert arrays["image_id"].tolist() == pairs["image_id"].tolist()
+    model = MpmaForPreTraining.from_pretrained(finished).eval()
+    processor = MpmaProcessor.from_pretrained(finished)
+    batch = processor(images=store.images[store.rows("validate")], text=pairs["report"].tolist())
+    with torch.no_grad():
+        image = model.get_image_features(batch.pop("pixel_values"))
+        report = model.get_text_features(**batch)
+    for kind, features in (("image", image), ("report", report)):
+        # Batches of 5 against one of 16: float32 sums in another order.
+        for name, expected in (("features", features.pooler_output), ("embeds", features.embeds)):
+            np.testing.assert_allclose(arrays[f"{kind}_{name}"], expected, atol=1e-5)
+    assert cli.main([*argv, "--out", str(tmp_path / "e.csv")]) == 2
+    assert "out: expected a file name that ends in .npz" in capsys.readouterr().err
 
 
 def error_of(argv, capsys):
