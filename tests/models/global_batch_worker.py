@@ -4,6 +4,7 @@ Usage: global_batch_worker.py RANK WORLD FOLDER
 """
 
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -50,22 +51,34 @@ def step(model, inputs):
     return losses, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+def shared_step(settings, dtype, rank, world):
+    """What `step` gives, with losses averaged over the processes."""
+    model = DistributedDataParallel(build(**(NO_DROPOUT | settings)).to(dtype))
+    losses, gradients = step(model, own_share(global_batch(dtype), rank, world))
+    for loss in losses.values():
+        dist.all_reduce(loss)
+        loss /= world
+    gradients = {n.removeprefix("module."): g.clone() for n, g in gradients.items()}
+    return {"losses": losses, "gradients": gradients}
+
+
 def main():
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
-    found = []
-    for settings, dtype, _ in CASES:
-        model = DistributedDataParallel(build(**(NO_DROPOUT | settings)).to(dtype))
-        losses, gradients = step(model, own_share(global_batch(dtype), rank, world))
-        for loss in losses.values():
-            dist.all_reduce(loss)
-            loss /= world
-        gradients = {n.removeprefix("module."): g for n, g in gradients.items()}
-        found.append({"losses": losses, "gradients": gradients})
+    # Whoever waits for a process that has failed must not wait for gloo's half an hour.
+    limit = timedelta(seconds=120)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        timeout=limit,
+        rank=rank,
+        world_size=world,
+    )
+    found = [shared_step(settings, dtype, rank, world) for settings, dtype, _ in CASES]
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
+    # Neither may leave while the other still uses their connection.
+    dist.barrier()
     dist.destroy_process_group()
 
 

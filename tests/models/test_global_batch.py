@@ -20,17 +20,18 @@ def found(tmp_path_factory):
     """What two processes make of every case."""
     folder = tmp_path_factory.mktemp("global_batch")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), "2", str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    faults = [worker.communicate(timeout=300)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(faults)
+    logs = [folder / f"{rank}.log" for rank in range(2)]
+    workers = []
+    try:
+        for rank, log in enumerate(logs):
+            command = [sys.executable, str(WORKER), str(rank), "2", str(folder)]
+            with log.open("w") as stderr:
+                workers.append(subprocess.Popen(command, env=environment, stderr=stderr))
+        codes = [worker.wait(timeout=300) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
     return torch.load(folder / "found.pt", weights_only=True)
 
 
