@@ -48,7 +48,8 @@ def remove_run(output_dir: Path) -> None:
     """
     for checkpoint in _checkpoints(output_dir):
         shutil.rmtree(checkpoint)
-    shutil.rmtree(output_dir / "eval", ignore_errors=True)
+    if (output_dir / "eval").is_dir():
+        shutil.rmtree(output_dir / "eval")
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from mpma_train.checkpoints import find_checkpoint, remove_run
@@ -22,6 +22,7 @@ from mpma_train.settings import (
     save_settings,
 )
 from mpma_train.trainer import MpmaTrainer
+from mpma_train.weights.vocabulary import token_settings
 
 
 def run(argv: Sequence[str]) -> int:
@@ -98,7 +99,7 @@ def build_model(settings: Settings, store: Store) -> tuple[MpmaForPreTraining, M
             store's images have another size.
     """
     tokenizer = store.tokenizer()
-    token_ids = _token_ids(tokenizer)
+    token_ids = token_settings(tokenizer)
     start = settings.data.model_name_or_path
     if start is None:
         config = MpmaConfig(**settings.model, **token_ids)
@@ -131,16 +132,6 @@ def build_model(settings: Settings, store: Store) -> tuple[MpmaForPreTraining, M
     # Evaluations cut reports where training did.
     processor.tokenizer.model_max_length = settings.data.max_length
     return model, processor
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
-    """The configuration's fields that the tokenizer decides."""
-    named = {
-        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
-        for name in ("pad", "unk", "cls", "sep", "mask")
-    }
-    others = [i for i in tokenizer.added_tokens_decoder if i not in named.values()]
-    return {"vocab_size": len(tokenizer), "special_token_ids": others, **named}
 
 
 def _dataset(

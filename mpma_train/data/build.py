@@ -23,7 +23,15 @@ import pandas as pd
 from .images import MAX_PIXELS, UnreadableImageError, read_image
 from .manifest import Manifest
 from .names import LABEL_PREFIX, SPLITS
-from .store import FORMAT, STATUS, UNFINISHED, ImageWriter, file_hash, write_atomically
+from .store import (
+    FORMAT,
+    STATUS,
+    UNFINISHED,
+    ImageWriter,
+    can_go_on,
+    file_hash,
+    write_atomically,
+)
 from .tokenizer import pretrained_tokenizer, train_tokenizer
 
 CHUNK = 128
@@ -105,8 +113,10 @@ def build_store(
         say(f"{out} already holds this store, complete: nothing to do")
         return
     tokenizer = _make_tokenizer(manifest.rows, settings)
+    # Before anything of the store that may stand there is touched.
+    done = int(np.load(out / STATUS).sum()) if can_go_on(out, fingerprint) else 0
+    _say_disk(out, len(manifest.rows), settings.side, done, say)
     writer = ImageWriter(out, len(manifest.rows), settings.side, fingerprint)
-    _say_disk(out, len(manifest.rows), settings.side, int(writer.status.sum()), say)
     failed = _decode(manifest.rows, writer, settings, workers, progress)
     for row, reason in failed.items():
         manifest.skip(manifest.rows["image_id"][row], manifest.rows["path"][row], reason)

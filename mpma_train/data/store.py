@@ -112,6 +112,17 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+def can_go_on(folder: Path, fingerprint: str) -> bool:
+    """Whether an interrupted writer with this fingerprint left its images in the directory."""
+    note = folder / UNFINISHED
+    return (
+        note.exists()
+        and json.loads(note.read_text()).get("fingerprint") == fingerprint
+        and (folder / "images.npy").exists()
+        and (folder / STATUS).exists()
+    )
+
+
 class ImageWriter:
     """`images.npy` while it grows; remembers over an interruption which rows are there.
 
@@ -127,12 +138,7 @@ class ImageWriter:
         self.path, self.status_path = folder / "images.npy", folder / STATUS
         self.note = folder / UNFINISHED
         self.shape = (count, side, side)
-        resumed = (
-            self.note.exists()
-            and json.loads(self.note.read_text()).get("fingerprint") == fingerprint
-            and self.path.exists()
-            and self.status_path.exists()
-        )
+        resumed = can_go_on(folder, fingerprint)
         mode = "r+" if resumed else "w+"
         if not resumed:
             (folder / "meta.json").unlink(missing_ok=True)

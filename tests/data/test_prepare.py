@@ -187,6 +187,19 @@ def test_disk_that_is_too_small(small_mimic, tmp_path, monkeypatch):
         prepare_mimic(small_mimic, tmp_path / "out")
 
 
+def test_disk_that_is_too_small_leaves_the_old_store(small_mimic, tmp_path, monkeypatch):
+    small_mimic.write_tables()
+    out = tmp_path / "out"
+    prepare_mimic(small_mimic, out)
+    before = Store(out).images.copy()
+    ramp_jpeg(small_mimic.image_path("10000030", "50414260", "0a2b-c0"), 20, 40)
+    monkeypatch.setattr(build_module.shutil, "disk_usage", lambda path: os.statvfs_result)
+    monkeypatch.setattr(os.statvfs_result, "free", 100, raising=False)
+    with pytest.raises(OSError, match="not enough disk in"):
+        prepare_mimic(small_mimic, out)
+    assert np.array_equal(Store(out).images, before)
+
+
 def test_csv_without_patients_warns_loudly(tmp_path, capsys):
     for number in range(12):
         ramp_jpeg(tmp_path / "in" / f"{number}.jpg")

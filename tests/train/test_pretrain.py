@@ -1,4 +1,5 @@
 import json
+import time
 
 import numpy as np
 import pytest
@@ -31,6 +32,8 @@ def test_the_run_directory_is_a_model(finished):
     batch = processor(images=torch.rand(1, 32, 32).numpy(), text=["left nodule"], max_length=8)
     assert model.get_image_features(batch["pixel_values"]).embeds.shape == (1, 16)
     assert model.config.vocab_size == len(processor.tokenizer)
+    # The run's max_length, not max_position_embeddings: evaluations cut reports where it did.
+    assert processor.tokenizer.model_max_length == 48
     assert {p.name for p in finished.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
     assert list(finished.rglob("events.out.tfevents.*"))
     assert not list(finished.rglob("*.bin.index.json"))
@@ -45,6 +48,29 @@ def test_every_line_of_the_log_is_complete(finished):
         assert line["loss"] == pytest.approx(sum(line[name] for name in PARTS), rel=1e-5)
         assert line["pairs_per_second"] > 0 and line["peak_memory_mb"] > 10
         assert 0 <= line["data_wait"] <= 1 and 0 < line["memory_used_share"] <= 1
+
+
+def test_evaluation_counts_neither_for_nor_against_throughput(pretrain_argv, tmp_path, monkeypatch):
+    """Steps of at least 0.2 s with 16 pairs; an evaluation of 3 s falls between two of a line."""
+    step, evaluation = trainer.MpmaTrainer.training_step, trainer.MpmaTrainer.prediction_step
+
+    def slow_step(*args, **kwargs):
+        time.sleep(0.2)
+        return step(*args, **kwargs)
+
+    def slow_evaluation(*args, **kwargs):
+        time.sleep(3)
+        return evaluation(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.MpmaTrainer, "training_step", slow_step)
+    monkeypatch.setattr(trainer.MpmaTrainer, "prediction_step", slow_evaluation)
+    argv = pretrain_argv("--max_steps", "3", "--logging_steps", "3", "--save_steps", "3")
+    assert cli.main(["pretrain", *argv, "--eval_strategy", "steps", "--eval_steps", "2"]) == 0
+    (line,) = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert line["step"] == 3
+    # Without the evaluation 48 pairs take 0.6 s and what the steps cost, with it 3 s more.
+    assert 48 / 3 < line["pairs_per_second"] <= 48 / 0.6
+    assert line["data_wait"] <= 1
 
 
 def test_validation_is_logged_by_its_parts(finished):
@@ -227,7 +253,10 @@ def test_a_finished_run_is_not_overwritten_unasked(finished, pretrain_argv, caps
 def test_overwriting_removes_the_old_run(pretrain_argv, tmp_path):
     run = tmp_path / "run"
     assert cli.main(["pretrain", *pretrain_argv("--max_steps", "4")]) == 0
+    (run / "eval").mkdir()
+    (run / "eval" / "linear.json").write_text("results of the old model")
     again = pretrain_argv("--max_steps", "2", "--overwrite_output_dir", "true")
     assert cli.main(["pretrain", *again]) == 0
+    assert not (run / "eval").exists()
     assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-2"]
     assert [line["step"] for line in read_metrics(run)] == [1, 2]
