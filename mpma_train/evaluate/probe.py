@@ -91,7 +91,9 @@ def fit_scores(train: Split, strength: float, *features: np.ndarray) -> list[np.
     scores = [np.empty((len(x), targets.shape[1])) for x in features]
     for label in range(targets.shape[1]):
         rows = ~np.isnan(targets[:, label])
-        probe = LogisticRegression(C=strength, max_iter=2000)
+        # The same minimum either way; Newton needs few steps, cheap where rows outnumber columns.
+        solver = "newton-cholesky" if rows.sum() > inputs.shape[1] else "lbfgs"
+        probe = LogisticRegression(C=strength, max_iter=2000, solver=solver)
         probe.fit(inputs[rows], targets[rows, label].astype(int))
         for out, x in zip(scores, features, strict=True):
             out[:, label] = probe.decision_function(x)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import mpma_ext
 from mpma_train.models.configuration_mpma import MpmaConfig
 from mpma_train.models.distributed import gather_rows, pad_length, world_size
-from mpma_train.models.layers import UnitGainLinear, full_precision
+from mpma_train.models.layers import GainLinear, full_precision
 
 _MAX_LOGIT_SCALE = 100.0
 
@@ -26,7 +26,7 @@ class ProjectionHead(nn.Module):
         super().__init__()
         self.hidden = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=eps)
-        self.output = UnitGainLinear(width, projection_size)
+        self.output = GainLinear(width, projection_size)
         self.scale = scale
 
     def forward(self, states: Tensor) -> Tensor:

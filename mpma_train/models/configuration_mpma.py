@@ -43,6 +43,9 @@ class MpmaConfig(PreTrainedConfig):
     Text encoder:
         text_hidden_size, text_num_hidden_layers, text_num_attention_heads, text_intermediate_size,
             vocab_size, max_position_embeddings, text_dropout: as in BERT.
+        text_pooling: what stands for the whole report, "cls" or the "mean" of its tokens.
+        text_initializer_range: deviation of BERT's initial weights. Small against 1 / sqrt(width),
+            a state starts as its word and little else.
         pad_token_id, unk_token_id, cls_token_id, sep_token_id, mask_token_id: BERT's by default.
         special_token_ids: further tokens that are never masked nor aligned, such as `___`.
     Masking:
@@ -99,6 +102,8 @@ class MpmaConfig(PreTrainedConfig):
     text_intermediate_size: int = 3072
     vocab_size: int = 30522
     max_position_embeddings: int = 512
+    text_pooling: Literal["cls", "mean"] = "cls"
+    text_initializer_range: float | int = 0.02
     text_dropout: float | int = 0.1
     pad_token_id: int = 0
     unk_token_id: int = 100
@@ -236,7 +241,7 @@ class MpmaConfig(PreTrainedConfig):
             attention_probs_dropout_prob=self.text_dropout,
             max_position_embeddings=self.max_position_embeddings,
             pad_token_id=self.pad_token_id,
-            initializer_range=self.initializer_range,
+            initializer_range=self.text_initializer_range,
             attn_implementation="mpma",
         )
 

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import mpma_ext
 from mpma_train.models.configuration_mpma import MpmaConfig
-from mpma_train.models.layers import UnitGainLinear
+from mpma_train.models.layers import GainLinear
 
 # How many states the log of the memory's use looks at: enough to see a collapse, next to free.
 _USE_SAMPLE = 256
@@ -48,8 +48,8 @@ class SharedMemory(nn.Module):
         self.memory = nn.Parameter(torch.empty(config.memory_slots, width))
         self.state_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.memory_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.query, self.key = UnitGainLinear(width, width), UnitGainLinear(width, width)
-        self.value, self.output = UnitGainLinear(width, width), UnitGainLinear(width, width)
+        self.query, self.key = GainLinear(width, width), GainLinear(width, width)
+        self.value, self.output = GainLinear(width, width), GainLinear(width, width)
 
     def forward(self, *states: Tensor) -> tuple[list[Tensor], MemoryUse]:
         """Each (..., D), having read the memory; all in one call, the bank projected once."""
@@ -88,8 +88,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.heads, self.dropout = config.num_attention_heads, config.fusion_dropout
-        self.query, self.key = UnitGainLinear(width, width), UnitGainLinear(width, width)
-        self.value, self.output = UnitGainLinear(width, width), UnitGainLinear(width, width)
+        self.query, self.key = GainLinear(width, width), GainLinear(width, width)
+        self.value, self.output = GainLinear(width, width), GainLinear(width, width)
         self.slots = config.kv_concat_slots if config.fusion == "kv_concat" else 0
         if self.slots:
             self.slot_key = nn.Parameter(torch.empty(self.slots, width))
@@ -192,7 +192,10 @@ class GapAddFusion(nn.Module):
 
     def __init__(self, config: MpmaConfig):
         super().__init__()
-        self.projection = nn.Linear(config.hidden_size, config.text_hidden_size)
+        # As small as the word embeddings it is added to: with unit gain nothing of them would be
+        # left after the normalisation that follows.
+        gain = config.text_initializer_range
+        self.projection = GainLinear(config.hidden_size, config.text_hidden_size, gain)
 
     def forward(self, patch_states: Tensor) -> Tensor:
         """(B, P, D) to (B, Dt)."""

@@ -25,7 +25,7 @@ from mpma_train.models.image_encoder import (
     fixed_positions,
     two_resolutions,
 )
-from mpma_train.models.layers import UnitGainLinear
+from mpma_train.models.layers import GainLinear
 from mpma_train.models.masking import PairedMasks, draw_masks
 from mpma_train.models.outputs import (
     FusedFeatures,
@@ -41,7 +41,7 @@ from mpma_train.models.reconstruction import (
     patch_targets,
     token_losses,
 )
-from mpma_train.models.text_encoder import TextEncoder, initial_positions
+from mpma_train.models.text_encoder import TextEncoder
 
 attention.register()
 
@@ -74,8 +74,8 @@ class MpmaPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         # For classes from outside of transformers, this sees only modules with parameters of their
         # own: a container cannot set its children's values here.
-        if isinstance(module, UnitGainLinear):
-            init.normal_(module.weight, std=module.in_features**-0.5)
+        if isinstance(module, GainLinear):
+            init.normal_(module.weight, std=module.gain * module.in_features**-0.5)
         elif isinstance(module, SharedMemory):
             init.normal_(module.memory, std=self.config.initializer_range)
         elif isinstance(module, CrossAttention) and module.slots:
@@ -91,9 +91,6 @@ class MpmaPreTrainedModel(PreTrainedModel):
             init.copy_(module.positions, fixed_positions(math.isqrt(count - 1), width))
         elif isinstance(module, ReportHead):
             init.zeros_(module.bias)
-        elif isinstance(module, TextEncoder):
-            table = module.bert.embeddings.position_embeddings.weight
-            init.copy_(table, initial_positions(*table.shape, self.config.initializer_range))
 
 
 class MpmaModel(MpmaPreTrainedModel):
@@ -171,7 +168,7 @@ class MpmaModel(MpmaPreTrainedModel):
         text = pack_text(input_ids, attention_mask, self.config.vocab_size)
         states = self.image_encoder(image)
         _, fused, _ = self.encode_reports(text, None, text.pack(input_ids), states)
-        return FusedFeatures(text.unpack(fused), fused[text.cu_seqlens[:-1]])
+        return FusedFeatures(text.unpack(fused), self.pool_text(text, fused))
 
     def image_features(self, states: Tensor) -> ImageFeatures:
         """Pooled and projected encoder states (B, 1 + P, D), of all patches or of visible ones."""
@@ -187,7 +184,7 @@ class MpmaModel(MpmaPreTrainedModel):
     def text_features(self, text: PackedText, states: Tensor, word_ids: Tensor) -> TextFeatures:
         """Pooled and projected states (N, Dt) of packed whole reports."""
         heads = self.alignment
-        pooled = states[text.cu_seqlens[:-1]]
+        pooled = self.pool_text(text, states)
         local = heads.text_local is not None
         return TextFeatures(
             last_hidden_state=text.unpack(states),
@@ -196,6 +193,12 @@ class MpmaModel(MpmaPreTrainedModel):
             local_embeds=text.unpack(heads.text_local(states)) if local else None,
             local_mask=word_ids >= 0 if local else None,
         )
+
+    def pool_text(self, text: PackedText, states: Tensor) -> Tensor:
+        """What stands for a whole report: packed states (N, D) to (B, D)."""
+        if self.config.text_pooling == "cls":
+            return states[text.cu_seqlens[:-1]]
+        return text.mean(states)
 
     def encode_reports(
         self, text: PackedText, whole: Tensor | None, masked: Tensor | None, image_states: Tensor

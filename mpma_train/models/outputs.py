@@ -29,7 +29,7 @@ class TextFeatures(ModelOutput):
 
     Attributes:
         last_hidden_state: (B, T, Dt), zero in the padding.
-        pooler_output: (B, Dt), of [CLS].
+        pooler_output: (B, Dt), [CLS] or the mean of the tokens, as `config.text_pooling` says.
         embeds: (B, projection_size), L2-normalised; None without global alignment.
         local_embeds: (B, T, projection_size); None without local alignment.
         local_mask: (B, T) bool, True for the tokens that are aligned; None likewise.
@@ -48,7 +48,7 @@ class FusedFeatures(ModelOutput):
 
     Attributes:
         last_hidden_state: (B, T, D), zero in the padding; (B, T, Dt) with fusion "gap_add".
-        pooler_output: (B, D), or (B, Dt), of [CLS].
+        pooler_output: (B, D), or (B, Dt), [CLS] or the mean of the tokens likewise.
     """
 
     last_hidden_state: Tensor | None = None

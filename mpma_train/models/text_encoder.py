@@ -5,9 +5,23 @@ import math
 import torch
 from torch import Tensor, nn
 from transformers import BertModel
+from transformers import initialization as init
+from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from mpma_train.models.configuration_mpma import MpmaConfig
 from mpma_train.models.packing import PackedText
+
+
+class _Bert(BertModel):
+    """BertModel whose positions start as sines and cosines. Parameters keep BertModel's names."""
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, BertEmbeddings):
+            table = module.position_embeddings.weight
+            # Half the deviation of the words: they are what a report is told by.
+            init.copy_(table, initial_positions(*table.shape, self.config.initializer_range / 2))
 
 
 class TextEncoder(nn.Module):
@@ -15,7 +29,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: MpmaConfig):
         super().__init__()
-        self.bert = BertModel(config.bert_config(), add_pooling_layer=False)
+        self.bert = _Bert(config.bert_config(), add_pooling_layer=False)
 
     def forward(
         self,

@@ -64,6 +64,18 @@ def test_pooling_names_the_state_that_stands_for_the_image(batch):
     assert torch.equal(states.pooler_output, states.last_hidden_state[:, 0])
 
 
+def test_text_pooling_names_the_state_that_stands_for_the_report(batch):
+    for pooling in ("cls", "mean"):
+        model = build(text_pooling=pooling).eval()
+        text = model.get_text_features(batch["input_ids"])
+        fused = model.get_fused_features(batch["pixel_values"], batch["input_ids"])
+        for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+            for features in (text, fused):
+                states = features.last_hidden_state[row, :length]
+                expected = states[0] if pooling == "cls" else states.mean(dim=0)
+                torch.testing.assert_close(features.pooler_output[row], expected)
+
+
 def test_both_image_sizes_are_served(model, batch):
     large = batch["pixel_values"]
     small = torch.nn.functional.avg_pool2d(large, 2)

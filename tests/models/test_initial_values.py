@@ -6,7 +6,8 @@ import pytest
 import torch
 from small_model import build, make_batch
 
-from mpma_train.models.layers import UnitGainLinear
+from mpma_train.models.layers import GainLinear
+from mpma_train.models.text_encoder import initial_positions
 
 WIDE = {
     "hidden_size": 128,
@@ -23,7 +24,7 @@ def wide():
 
 
 def test_unit_gain_layers_have_unit_gain(wide):
-    layers = {n: m for n, m in wide.named_modules() if isinstance(m, UnitGainLinear)}
+    layers = {n: m for n, m in wide.named_modules() if isinstance(m, GainLinear)}
     assert len(layers) == 4 * 2 + 4  # two fusion blocks, four heads
     for name, layer in layers.items():
         # 16 * 96 weights or more: five standard errors of their deviation are below 10 %.
@@ -72,6 +73,24 @@ def test_memory_use_counts_what_is_read():
     # One state reads one slot a head, four different ones unless heads agree.
     assert use.used_share * 64 == pytest.approx(round(float(use.perplexity)))
     assert use.used_share <= 4 / 64
+
+
+def test_text_positions_start_as_sines_and_cosines():
+    # From random ones, this encoder stayed at word frequencies for whole runs.
+    table = build().model.text_encoder.bert.embeddings.position_embeddings.weight
+    assert torch.equal(table, initial_positions(*table.shape, 0.01)) and table.requires_grad
+    nearness = table @ table.T
+    assert (nearness.diag(1) > nearness.diag(8).max()).all()
+    assert table.std().item() == pytest.approx(0.01, rel=0.2)
+
+
+def test_what_gap_add_adds_does_not_drown_the_words():
+    model = build(fusion="gap_add", **WIDE).eval().model
+    patches = torch.nn.functional.layer_norm(torch.randn(200, 1, 128), (128,))
+    words = model.text_encoder.bert.embeddings.word_embeddings.weight
+    with torch.no_grad():
+        shift = model.fusion(patches)
+    assert shift.std().item() == pytest.approx(words.std().item(), rel=0.2)
 
 
 def test_first_loss_is_what_a_model_that_knows_nothing_has():
