@@ -9,11 +9,12 @@ RUN := runs/tiny
 PIP_OPTIONS ?=
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_OPTIONS)
 
-.PHONY: help install pretrain test lint clean
+.PHONY: help install pretrain bench test lint clean
 
 help:
 	@echo "make install    make .venv, install the project in it and build the extension"
 	@echo "make pretrain   from nothing to a pretrained, evaluated model on synthetic data"
+	@echo "make bench      measure the operators beside PyTorch's own, about five minutes"
 	@echo "make test       run all tests"
 	@echo "make lint       check style and formatting"
 	@echo "make clean      remove the environments and what was built; data and runs stay"
@@ -42,6 +43,9 @@ pretrain: install
 	$(BIN)/mpma evaluate linear --model $(RUN) --data $(DATA) > /dev/null
 	$(BIN)/mpma evaluate reconstruct --model $(RUN) --data $(DATA) > /dev/null
 	$(BIN)/python -m mpma_train.evaluate.summary $(RUN)
+
+bench: install
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 # Two workers of one thread each: the tests are many and small.
 test: install .venv-timm

@@ -15,7 +15,14 @@ _COMMANDS = {
     "embed": ("mpma_train.embed", "write the embeddings of a split to a file"),
     "env": ("mpma_train.env", "report versions, devices and operator backends"),
 }
-_PRETRAIN = "pretrain a model: mpma pretrain CONFIG.yaml [--setting value ...]"
+# These read their arguments themselves.
+_OWN_PARSER = {
+    "pretrain": (
+        "mpma_train.pretrain",
+        "pretrain a model: mpma pretrain CONFIG.yaml [--setting value ...]",
+    ),
+    "bench": ("mpma_train.bench", "measure the operators beside PyTorch's own, in a checkout"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,11 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if argv[:1] == ["pretrain"]:
-            # Its settings are those of three classes, which have a parser of their own.
-            from mpma_train import pretrain
-
-            return pretrain.run(argv[1:])
+        if argv and argv[0] in _OWN_PARSER:
+            module_name, _ = _OWN_PARSER[argv[0]]
+            return importlib.import_module(module_name).run(argv[1:])
         args = _parser(argv).parse_args(argv)
         return args.run(args)
     except FloatingPointError as error:
@@ -45,7 +50,8 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
         prog="mpma", description="Multi-task paired masking with alignment for radiographs."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    commands.add_parser("pretrain", help=_PRETRAIN)
+    for name, (_, description) in _OWN_PARSER.items():
+        commands.add_parser(name, help=description)
     for name, (module_name, description) in _COMMANDS.items():
         command = commands.add_parser(name, help=description, description=description)
         if argv[:1] == [name]:

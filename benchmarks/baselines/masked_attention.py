@@ -1,0 +1,52 @@
+"""Attention with key padding in plain PyTorch.
+
+query (B, Sq, H, D), key and value (B, Sk, H, D), key_padding_mask (B, Sk) bool, True = attend; the
+scale is D**-0.5. Contiguous (B, Sq, H, D) in query's dtype comes back.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.baselines.compiled import compiled
+
+
+def field(
+    query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = None
+) -> Tensor:
+    """As BERT and ViT implementations do: divided scores, an added mask, softmax, product."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    scores = torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
+    if key_padding_mask is not None:
+        hidden = 1.0 - key_padding_mask[:, None, None, :].to(scores.dtype)
+        scores = scores + hidden * torch.finfo(scores.dtype).min
+    return torch.matmul(scores.softmax(-1), v).transpose(1, 2).contiguous()
+
+
+def eager(
+    query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = None
+) -> Tensor:
+    """Scale and mask inside the first product, so that only the softmax walks over the scores."""
+    batch, _, heads, width = query.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    bias = q.new_zeros(())
+    if key_padding_mask is not None:
+        bias = bias.expand(key_padding_mask.shape).masked_fill(~key_padding_mask, -torch.inf)
+        bias = bias.repeat_interleave(heads, 0)[:, None, :]
+    weights = torch.baddbmm(bias, q, k.mT, alpha=width**-0.5).softmax(-1)
+    return torch.bmm(weights, v).unflatten(0, (batch, heads)).transpose(1, 2).contiguous()
+
+
+def sdpa(
+    query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = None
+) -> Tensor:
+    """PyTorch's fused attention, whichever of its kernels it picks."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
+    output = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return output.transpose(1, 2).contiguous()
+
+
+BASELINES = {"field": field, "eager": eager, "compiled": compiled(eager), "sdpa": sdpa}

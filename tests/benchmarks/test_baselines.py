@@ -1,0 +1,90 @@
+"""Every baseline computes what the operators' definitions do, in float64, with its gradients."""
+
+import pytest
+import torch
+
+from benchmarks.baselines import BASELINES
+from benchmarks.baselines.compiled import missing_compiler
+from benchmarks.problem import Problem, random_operands
+from mpma_ext import reference
+
+# Sums of tens of products in another order: 1e-16 each, with a margin for the largest.
+CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def prefixes(*lengths):
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+def both(operator, name, settings, *gradient_sizes, **sizes):
+    """Outputs and gradients of a baseline and of the definition."""
+    operands, draw = random_operands("float64", "cpu", **sizes)
+    gradients = tuple(draw(*size) for size in gradient_sizes)
+    first, *_ = operands
+
+    def definition(**operands):
+        return getattr(reference, operator)(operands.pop(first), **operands)
+
+    functions = (BASELINES[operator][name], definition)
+    return [Problem(f, operands | settings, gradients, backward=True)() for f in functions]
+
+
+def assert_close(pair):
+    for got, expected in zip(*pair, strict=True):
+        torch.testing.assert_close(got, expected, **CLOSE)
+
+
+def without_compiled(operator):
+    return [name for name in BASELINES[operator] if name != "compiled"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", without_compiled("masked_attention"))
+def test_masked_attention(name, masked):
+    size = (3, 7, 2, 5)
+    mask = {"key_padding_mask": prefixes(7, 4, 1) if masked else None}
+    assert_close(both("masked_attention", name, mask, size, query=size, key=size, value=size))
+
+
+BOTH, KEPT, DENSE = (None, 3), (3,), (None,)
+MEMORY_FORMS = {
+    "field": BOTH,
+    "eager": BOTH,
+    "eager_bag": KEPT,
+    "eager_masked": KEPT,
+    "sdpa": DENSE,
+    "sdpa_expanded": DENSE,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "topk"), [(name, topk) for name, kinds in MEMORY_FORMS.items() for topk in kinds]
+)
+def test_memory_attention(name, topk):
+    assert MEMORY_FORMS.keys() == set(without_compiled("memory_attention"))
+    size, bank = (2, 4, 2, 5), (9, 2, 5)
+    sizes = {"query": size, "memory_key": bank, "memory_value": bank}
+    assert_close(both("memory_attention", name, {"topk": topk}, size, **sizes))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("operator", "name"),
+    [
+        (operator, name)
+        for operator in ("token_patch_similarity", "token_patch_max_similarity")
+        for name in without_compiled(operator)
+    ],
+)
+def test_similarities(operator, name, masked):
+    mask = {"token_mask": prefixes(5, 2, 4) if masked else None}
+    outputs = 1 if operator == "token_patch_similarity" else 2
+    sizes = {"tokens": (3, 5, 6), "patches": (2, 7, 6)}
+    assert_close(both(operator, name, mask, *[(3, 2)] * outputs, **sizes))
+
+
+@pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+def test_a_compiled_baseline():
+    size = (2, 4, 1, 3)
+    mask = {"key_padding_mask": prefixes(4, 2)}
+    assert_close(both("masked_attention", "compiled", mask, size, query=size, key=size, value=size))
