@@ -21,10 +21,11 @@ def find_checkpoint(output_dir: Path, resume: str | None, *, overwrite: bool) ->
             needs, or a run from the start would mix with the run that is there.
     """
     if resume is None or resume.lower() == "false":
-        existing = _checkpoints(output_dir)
+        existing = [p.name for p in output_dir.glob("*.safetensors")]
+        existing += [p.name for p in _checkpoints(output_dir)]
         if existing and not overwrite:
             raise ValueError(
-                f"output_dir: {output_dir} holds {existing[-1].name} of a run; name "
+                f"output_dir: {output_dir} holds {existing[-1]} of a run; name "
                 f"--resume_from_checkpoint true, --overwrite_output_dir true or another directory"
             )
         return None

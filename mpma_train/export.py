@@ -126,11 +126,16 @@ def _write_timm(model: MpmaForPreTraining, source: Path, out: Path) -> str:
 
 
 def _write_bert(model: MpmaForPreTraining, source: Path, out: Path) -> str:
-    bert: BertModel = model.model.text_encoder.bert
+    bert = BertModel(model.config.bert_config(), add_pooling_layer=False)
+    bert.load_state_dict(model.model.text_encoder.bert.state_dict())
     bert.save_pretrained(out)
     if (source / "tokenizer.json").is_file():
         AutoTokenizer.from_pretrained(source).save_pretrained(out)
-    return f"{out}: BertModel.from_pretrained({str(out)!r}, add_pooling_layer=False)"
+    whole = "the mean of the tokens" if model.config.text_pooling == "mean" else "[CLS]"
+    return (
+        f"{out}: BertModel.from_pretrained({str(out)!r}, add_pooling_layer=False) gives the states "
+        f"of the text encoder; pooling here is {whole}"
+    )
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ tags: [medical, radiology, vision-language, masked-autoencoder]
 # MPMA, pretrained by `mpma pretrain`
 
 An image encoder, a text encoder and their fusion, pretrained on pairs of radiographs and reports by
-masked reconstruction of both and by global and local alignment.
+masked reconstruction and alignment, as far as the settings of the run switch them on.
 
 | | |
 |---|---|

@@ -107,11 +107,11 @@ def build_store(
     open_folder(out)
     for warning in manifest.warnings:
         say(f"WARNING: {warning}")
-    _check_skipped(manifest, settings, out)
     fingerprint = _fingerprint(manifest.rows, settings)
     if _is_complete(out, fingerprint):
         say(f"{out} already holds this store, complete: nothing to do")
         return
+    _check_skipped(manifest, settings, out)
     tokenizer = _make_tokenizer(manifest.rows, settings)
     # Before anything of the store that may stand there is touched.
     done = int(np.load(out / STATUS).sum()) if can_go_on(out, fingerprint) else 0

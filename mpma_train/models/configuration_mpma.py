@@ -43,9 +43,10 @@ class MpmaConfig(PreTrainedConfig):
     Text encoder:
         text_hidden_size, text_num_hidden_layers, text_num_attention_heads, text_intermediate_size,
             vocab_size, max_position_embeddings, text_dropout: as in BERT.
-        text_pooling: what stands for the whole report, "cls" or the "mean" of its tokens.
-        text_initializer_range: deviation of BERT's initial weights. Small against 1 / sqrt(width),
-            a state starts as its word and little else.
+        text_pooling: what stands for the whole report, "cls" or the "mean" of its tokens, [CLS] and
+            [SEP] among them.
+        text_initializer_range: deviation of BERT's initial weights; positions start with half of
+            it. Small against 1 / sqrt(width), a state starts as its word and little else.
         pad_token_id, unk_token_id, cls_token_id, sep_token_id, mask_token_id: BERT's by default.
         special_token_ids: further tokens that are never masked nor aligned, such as `___`.
     Masking:
@@ -76,6 +77,9 @@ class MpmaConfig(PreTrainedConfig):
     Loss:
         image_loss_weight, report_loss_weight, global_loss_weight, local_loss_weight: a part of
             weight 0 is switched off: neither built nor computed.
+
+    Initial values:
+        initializer_range: deviation of all other weights that have no scale of their own.
 
     Raises:
         ValueError: names the setting that is unknown, of a wrong type or out of range.

@@ -69,6 +69,7 @@ def test_transformers_bert_gives_the_same_states(tmp_path, source):
     )
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     assert bert.config._attn_implementation != "mpma"
+    assert bert.config.architectures == ["BertModel"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "bert")
     batch = tokenizer(["word1 word2 ___ word3", "word4"], padding=True, return_tensors="pt")
     batch = {name: batch[name] for name in ("input_ids", "attention_mask")}

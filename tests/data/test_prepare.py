@@ -171,6 +171,15 @@ def test_second_run_does_nothing_until_a_file_changes(small_mimic, tmp_path, cap
     assert (np.asarray(Store(out).images[0])[:8] == 0).all()
 
 
+def test_second_run_keeps_the_list_of_what_was_skipped(small_mimic, tmp_path):
+    small_mimic.write_tables()
+    small_mimic.image_path("10000030", "50414260", "0a2b-c0").write_bytes(b"no image")
+    for _ in range(2):
+        prepare_mimic(small_mimic, tmp_path / "out", "--max-skipped", 0.9)
+        skipped = (tmp_path / "out" / "skipped.csv").read_text()
+        assert "0a2b-c0" in skipped
+
+
 def test_path_that_cannot_be_written(small_mimic, tmp_path):
     small_mimic.write_tables()
     (tmp_path / "file").write_text("in the way")

@@ -84,6 +84,18 @@ def test_text_positions_start_as_sines_and_cosines():
     assert table.std().item() == pytest.approx(0.01, rel=0.2)
 
 
+def test_bert_has_a_deviation_of_its_own():
+    model = build(**WIDE, initializer_range=0.08, text_initializer_range=0.03)
+    bert = model.model.text_encoder.bert
+    assert bert.embeddings.word_embeddings.weight.std().item() == pytest.approx(0.03, rel=0.1)
+    assert bert.embeddings.position_embeddings.weight.std().item() == pytest.approx(0.015, rel=0.2)
+    assert bert.encoder.layer[0].intermediate.dense.weight.std().item() == pytest.approx(
+        0.03, rel=0.1
+    )
+    hidden = model.model.alignment.text_global.hidden.weight
+    assert hidden.std().item() == pytest.approx(0.08, rel=0.1)
+
+
 def test_what_gap_add_adds_does_not_drown_the_words():
     model = build(fusion="gap_add", **WIDE).eval().model
     patches = torch.nn.functional.layer_norm(torch.randn(200, 1, 128), (128,))

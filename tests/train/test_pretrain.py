@@ -1,4 +1,5 @@
 import json
+import shutil
 import time
 
 import numpy as np
@@ -255,6 +256,10 @@ def test_overwriting_removes_the_old_run(pretrain_argv, tmp_path):
     assert cli.main(["pretrain", *pretrain_argv("--max_steps", "4")]) == 0
     (run / "eval").mkdir()
     (run / "eval" / "linear.json").write_text("results of the old model")
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert cli.main(["pretrain", *pretrain_argv("--max_steps", "2")]) == 2  # not unasked
+    assert (run / "eval" / "linear.json").exists()
     again = pretrain_argv("--max_steps", "2", "--overwrite_output_dir", "true")
     assert cli.main(["pretrain", *again]) == 0
     assert not (run / "eval").exists()
