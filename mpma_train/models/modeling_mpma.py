@@ -168,7 +168,8 @@ class MpmaModel(MpmaPreTrainedModel):
         text = pack_text(input_ids, attention_mask, self.config.vocab_size)
         states = self.image_encoder(image)
         _, fused, _ = self.encode_reports(text, None, text.pack(input_ids), states)
-        return FusedFeatures(text.unpack(fused), self.pool_text(text, fused))
+        fused = text.unpack(fused)
+        return FusedFeatures(fused, self.pool_text(text, fused))
 
     def image_features(self, states: Tensor) -> ImageFeatures:
         """Pooled and projected encoder states (B, 1 + P, D), of all patches or of visible ones."""
@@ -184,10 +185,11 @@ class MpmaModel(MpmaPreTrainedModel):
     def text_features(self, text: PackedText, states: Tensor, word_ids: Tensor) -> TextFeatures:
         """Pooled and projected states (N, Dt) of packed whole reports."""
         heads = self.alignment
-        pooled = self.pool_text(text, states)
+        unpacked = text.unpack(states)
+        pooled = self.pool_text(text, unpacked)
         local = heads.text_local is not None
         return TextFeatures(
-            last_hidden_state=text.unpack(states),
+            last_hidden_state=unpacked,
             pooler_output=pooled,
             embeds=_direction(heads.text_global, pooled),
             local_embeds=text.unpack(heads.text_local(states)) if local else None,
@@ -195,10 +197,10 @@ class MpmaModel(MpmaPreTrainedModel):
         )
 
     def pool_text(self, text: PackedText, states: Tensor) -> Tensor:
-        """What stands for a whole report: packed states (N, D) to (B, D)."""
+        """What stands for a whole report: states (B, T, D), zero in the padding, to (B, D)."""
         if self.config.text_pooling == "cls":
-            return states[text.cu_seqlens[:-1]]
-        return text.mean(states)
+            return states[:, 0]
+        return states.sum(dim=1) / text.cu_seqlens.diff().unsqueeze(1)
 
     def encode_reports(
         self, text: PackedText, whole: Tensor | None, masked: Tensor | None, image_states: Tensor

@@ -32,11 +32,6 @@ class PackedText:
         flat = packed.new_zeros(self.batch * self.length, *packed.shape[1:])
         return flat.index_copy(0, self.rows, packed).unflatten(0, (self.batch, self.length))
 
-    def mean(self, packed: Tensor) -> Tensor:
-        """Mean over the tokens of each report: (N, D) to (B, D)."""
-        lengths = self.cu_seqlens.diff().unsqueeze(1)
-        return self.unpack(packed).sum(dim=1) / lengths.to(packed.dtype)
-
 
 def pack_text(input_ids: Tensor, attention_mask: Tensor, vocab_size: int) -> PackedText:
     """Find the real tokens of a batch. Waits for the device once, to know how many there are.
