@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from .manifest import Manifest, check_split, split_by_patient
-from .mimic_cxr import read_table
 from .names import CHEXPERT_LABELS, LABEL_PREFIX, SPLITS
 from .sections import extract
+from .tables import label_values, read_table
 
 SPLIT_NAMES = {name: name for name in SPLITS} | {"val": "validate", "valid": "validate"}
 
@@ -28,12 +28,13 @@ def read_csv_pairs(path: Path | str, *, seed: int = 0) -> Manifest:
     studies or images are, and a warning says so. Reports with section headers are cut to impression
     and findings.
 
-    Raises FileNotFoundError, or ValueError for a missing column or a patient in two splits.
+    Raises FileNotFoundError, or ValueError for a missing column, a label cell that is no label, or
+    a patient in two splits.
     """
     path = Path(path)
-    table = read_table(path, ("image_path", "report_content"))
     manifest = Manifest()
-    rows = _select(table, path.parent, manifest)
+    table = read_table(path, ("image_path", "report_content"), manifest.warnings)
+    rows = _select(table, path, manifest)
     if "patient_id" not in table.columns:
         manifest.warnings.append(
             f"{path.name} has no column patient_id: "
@@ -51,15 +52,15 @@ def read_csv_pairs(path: Path | str, *, seed: int = 0) -> Manifest:
     return manifest
 
 
-def _select(table: pd.DataFrame, folder: Path, manifest: Manifest) -> pd.DataFrame:
-    labels = _labels(table)
+def _select(table: pd.DataFrame, path: Path, manifest: Manifest) -> pd.DataFrame:
+    labels = _labels(table, path)
     kept, numbers, seen = [], [], set()
     for number, row in enumerate(table.to_dict("records")):
         image = row["image_path"].strip()
         if not image:
             manifest.skip(f"line {number + 2}", "", "blank image_path")
             continue
-        where = str(folder / image)
+        where = str(path.parent / image)
         if image in seen:
             manifest.skip(image, where, "duplicate row: the image is listed twice")
             continue
@@ -91,22 +92,9 @@ def _select(table: pd.DataFrame, folder: Path, manifest: Manifest) -> pd.DataFra
     return pd.concat([rows, labels.iloc[numbers].reset_index(drop=True)], axis=1)
 
 
-def _numbers(cells: pd.Series) -> np.ndarray:
-    """1, 0 and -1 as float32, blank as NaN; ValueError names the first cell that is none."""
-    blank = cells.isna() | (cells.astype(str).str.strip() == "")
-    numbers = pd.to_numeric(cells.where(~blank), errors="coerce")
-    wrong = ~blank & ~numbers.isin((1, 0, -1))
-    if wrong.any():
-        place = int(wrong.to_numpy().argmax())
-        raise ValueError(
-            f"column {cells.name!r}, row {place + 1}: a label must be 1 (positive), 0 (negative), "
-            f"-1 (uncertain) or blank (not mentioned), got {cells.iloc[place]!r}"
-        )
-    return numbers.to_numpy(dtype=np.float32)
-
-
-def _labels(table: pd.DataFrame) -> pd.DataFrame:
+def _labels(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     """float32 columns label/<Name>, one row a row of the table."""
+    numbered = table.set_axis(pd.RangeIndex(1, len(table) + 1, name="row"))
     columns: dict[str, np.ndarray] = {}
     if "labels" in table.columns:
         named = [{part.strip() for part in cell.split("|")} - {""} for cell in table["labels"]]
@@ -115,7 +103,7 @@ def _labels(table: pd.DataFrame) -> pd.DataFrame:
     for column in table.columns:
         name = column.removeprefix(LABEL_PREFIX)
         if name != column or name in CHEXPERT_LABELS:
-            columns[name] = _numbers(table[column])
+            columns[name] = label_values(numbered[column], path)
     return pd.DataFrame(
         {LABEL_PREFIX + name: column for name, column in columns.items()}, table.index
     )

@@ -8,6 +8,7 @@ REPORTS/files/p10/p10000032/s50414267.txt                      a directory, or m
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pandas as pd
 from .manifest import Manifest, check_split, decode_text
 from .names import CHEXPERT_LABELS, LABEL_PREFIX, SPLITS
 from .sections import clean, extract
+from .tables import label_values, read_table
 
 MAX_REPORT_BYTES = 1 << 20
 VIEW_OF_MEANING = {"postero-anterior": "PA", "antero-posterior": "AP"}
@@ -27,7 +29,7 @@ _COLUMNS = {
     "metadata": ("dicom_id", "subject_id", "study_id", "ViewPosition"),
     "split": ("dicom_id", "split"),
     "chexpert": ("study_id",),
-    "sections": ("study",),
+    "sections": ("study", "impression", "findings"),
 }
 
 # Gives a study's report as (text, rules), or the reason why there is none.
@@ -46,46 +48,30 @@ def read_mimic_cxr(
 
     Raises:
         FileNotFoundError: a directory, table or archive is missing.
-        ValueError: a table lacks a needed column, or a patient is in two splits.
+        ValueError: a table lacks a needed column, a label cell holds no label, or an image or a
+            patient is in two splits.
     """
-    images = Path(images)
-    metadata = read_table(_find_table(images, "metadata"), _COLUMNS["metadata"])
-    split = read_table(_find_table(images, "split"), _COLUMNS["split"])
-    labels = read_table(_find_table(images, "chexpert"), _COLUMNS["chexpert"])
+    images, manifest = Path(images), Manifest(data_use=DATA_USE)
+    metadata = _table(_find_table(images, "metadata"), "metadata", manifest)
+    split_of = _read_split(_find_table(images, "split"), manifest)
+    labels = _read_labels(_find_table(images, "chexpert"), manifest)
     if sections is not None:
-        source = _sectioned(Path(sections))
+        source = _sectioned(Path(sections), manifest)
     elif reports is not None:
         source = _free_text(Path(reports))
     else:
         raise ValueError("reports: expected a directory or ZIP of reports, or a sections file")
-    manifest = Manifest(data_use=DATA_USE)
-    rows = _select(metadata, split, images, manifest)
+    rows = _select(metadata, split_of, images, manifest)
     rows = _attach_reports(rows, source, manifest)
+    if foreign := manifest.rules["not_utf8"]:
+        manifest.warnings.append(f"{foreign} reports are not UTF-8: they were read as Latin-1")
     manifest.rows = _attach_labels(rows, labels, manifest)
     check_split(manifest.rows)
     return manifest
 
 
-def read_table(path: Path, needed: tuple[str, ...]) -> pd.DataFrame:
-    """Reads a .csv or .csv.gz with every value as text, blanks as "".
-
-    Raises FileNotFoundError, or ValueError for a missing column or a file that is no CSV.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="latin-1")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: not a readable CSV table ({error})") from None
-    missing = [name for name in needed if name not in table.columns]
-    if missing:
-        raise ValueError(
-            f"{path}: missing column {', '.join(missing)}; "
-            f"found {', '.join(map(str, table.columns))}"
-        )
-    return table
+def _table(path: Path, name: str, manifest: Manifest) -> pd.DataFrame:
+    return read_table(path, _COLUMNS[name], manifest.warnings)
 
 
 def _find_table(folder: Path, name: str) -> Path:
@@ -105,11 +91,48 @@ def _image_path(images: Path, subject: str, study: str, dicom: str) -> Path:
     return images / "files" / f"p{subject[:2]}" / f"p{subject}" / f"s{study}" / f"{dicom}.jpg"
 
 
+def _read_split(path: Path, manifest: Manifest) -> dict[str, str]:
+    """The split of every image; a row may come twice, but not with another split."""
+    table = _table(path, "split", manifest).drop_duplicates(["dicom_id", "split"])
+    crossing = table["dicom_id"][table["dicom_id"].duplicated()]
+    if len(crossing):
+        raise ValueError(
+            f"{path.name}: {len(crossing)} images are in more than one split, the first is "
+            f"{crossing.iloc[0]}: expected one split an image"
+        )
+    return dict(zip(table["dicom_id"], table["split"], strict=True))
+
+
+def _read_labels(path: Path, manifest: Manifest) -> pd.DataFrame:
+    """float32 columns label/<Name>, one row a study, with study_id as the index."""
+    table = _table(path, "chexpert", manifest).set_index("study_id")
+    there = [name for name in CHEXPERT_LABELS if name in table.columns]
+    if absent := [name for name in CHEXPERT_LABELS if name not in there]:
+        manifest.warnings.append(
+            f"{path.name} has no column {', '.join(absent)}: these labels are blank in every study"
+        )
+    values = {name: label_values(table[name], path) for name in there}
+    every = pd.DataFrame(values, table.index, columns=CHEXPERT_LABELS, dtype="float32")
+    labels = _first_rows(every, path, manifest)
+    manifest.counts["duplicate_label_rows"] = len(every) - len(labels)
+    return labels.add_prefix(LABEL_PREFIX)
+
+
+def _first_rows(table: pd.DataFrame, path: Path, manifest: Manifest) -> pd.DataFrame:
+    """The first row of each study, which is the index, and a warning where there are more."""
+    repeated = table.index.duplicated()
+    if repeated.any():
+        manifest.warnings.append(
+            f"{path.name} has {repeated.sum()} rows of studies that it holds already: "
+            "the first row of a study counts"
+        )
+    return table[~repeated]
+
+
 def _select(
-    metadata: pd.DataFrame, split: pd.DataFrame, images: Path, manifest: Manifest
+    metadata: pd.DataFrame, split_of: dict[str, str], images: Path, manifest: Manifest
 ) -> pd.DataFrame:
     """Frontal images with a split, one row each."""
-    split_of = dict(zip(split["dicom_id"], split["split"], strict=True))
     meanings = metadata.get("ViewCodeSequence_CodeMeaning", pd.Series("", index=metadata.index))
     kept, seen = [], set()
     columns = (metadata[name] for name in _COLUMNS["metadata"])
@@ -162,21 +185,18 @@ def _attach_reports(rows: pd.DataFrame, source: ReportSource, manifest: Manifest
 
 
 def _attach_labels(rows: pd.DataFrame, labels: pd.DataFrame, manifest: Manifest) -> pd.DataFrame:
-    table = labels.drop_duplicates("study_id").set_index("study_id")
-    manifest.counts["studies_without_labels"] = int(
-        (~rows["study_id"].drop_duplicates().isin(table.index)).sum()
-    )
-    manifest.counts["duplicate_label_rows"] = len(labels) - len(table)
-    for name in CHEXPERT_LABELS:
-        values = table[name] if name in table.columns else pd.Series(dtype=str)
-        numbers = pd.to_numeric(values, errors="coerce").astype("float32")
-        rows[LABEL_PREFIX + name] = rows["study_id"].map(numbers).astype("float32")
-    return rows
+    without = int((~rows["study_id"].drop_duplicates().isin(labels.index)).sum())
+    manifest.counts["studies_without_labels"] = without
+    if without:
+        manifest.warnings.append(
+            f"{without} studies have no row in the chexpert table: their labels are blank"
+        )
+    return rows.join(labels, on="study_id")
 
 
-def _sectioned(path: Path) -> ReportSource:
-    table = read_table(path, _COLUMNS["sections"]).drop_duplicates("study", keep="last")
-    by_study = table.set_index("study").to_dict("index")
+def _sectioned(path: Path, manifest: Manifest) -> ReportSource:
+    table = _table(path, "sections", manifest).set_index("study")
+    by_study = _first_rows(table, path, manifest).to_dict("index")
 
     def source(subject: str, study: str):
         row = by_study.get(f"s{study}")
@@ -239,7 +259,7 @@ def _from_zip(path: Path) -> Callable[[str, str], bytes | str]:
             return f"report larger than {MAX_REPORT_BYTES} bytes"
         try:
             return archive.read(info)
-        except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
             return f"unreadable report in the archive ({error})"
 
     return read

@@ -1,3 +1,5 @@
+import gzip
+
 import numpy as np
 import pytest
 
@@ -42,7 +44,9 @@ def test_label_columns(tmp_path):
 def test_label_that_is_none_is_named(tmp_path, cell):
     header = "image_path,report_content,Edema"
     path = write(tmp_path, header, "a.png,One.,1", f"b.png,Two.,{cell}")
-    with pytest.raises(ValueError, match=rf"'Edema', row 2: a label must be 1 .*got '{cell}'"):
+    with pytest.raises(
+        ValueError, match=rf"pairs\.csv: column 'Edema', row 2: a label must be 1 .*got '{cell}'"
+    ):
         read_csv_pairs(path)
 
 
@@ -62,6 +66,22 @@ def test_empty_file_is_no_table(tmp_path):
     (tmp_path / "pairs.csv").write_text("")
     with pytest.raises(ValueError, match="not a readable CSV table"):
         read_csv_pairs(tmp_path / "pairs.csv")
+
+
+@pytest.mark.parametrize("rows", [["a.png,One.,p"], ["a.png,One.", "b.png,Two.,p"]])
+def test_rows_longer_than_the_header_are_not_shifted_or_cut(tmp_path, rows):
+    path = write(tmp_path, "image_path,report_content", *rows)
+    with pytest.raises(ValueError, match=r"pairs\.csv: not a readable CSV table"):
+        read_csv_pairs(path)
+
+
+def test_damaged_gzip_is_no_table(tmp_path):
+    content = bytearray(gzip.compress(b"image_path,report_content\n" + b"a.png,One.\n" * 1000))
+    content[20:30] = b"\xff" * 10
+    path = tmp_path / "pairs.csv.gz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"pairs\.csv\.gz: not a readable CSV table"):
+        read_csv_pairs(path)
 
 
 def test_what_is_skipped_has_a_reason(tmp_path):
@@ -88,7 +108,9 @@ def test_what_is_skipped_has_a_reason(tmp_path):
 
 def test_latin1_csv_is_read(tmp_path):
     path = write(tmp_path, "image_path,report_content", "a.png,Sjögren.", encoding="latin-1")
-    assert read_csv_pairs(path).rows["report"].tolist() == ["Sjögren."]
+    manifest = read_csv_pairs(path)
+    assert manifest.rows["report"].tolist() == ["Sjögren."]
+    assert "pairs.csv is not UTF-8: it was read as Latin-1" in manifest.warnings
 
 
 def test_missing_patient_identifier_is_warned_of(tmp_path):

@@ -1,5 +1,6 @@
 import zipfile
 
+import numpy as np
 import pytest
 from mimic_layout import REPORT
 
@@ -68,6 +69,20 @@ def test_duplicate_metadata_row_is_skipped_and_listed(small_mimic):
     assert len(manifest.rows) == 6
     assert [entry[2] for entry in manifest.skipped] == ["duplicate row of the metadata table"]
     assert manifest.counts["duplicate_label_rows"] == 1
+    assert manifest.warnings == [
+        "mimic-cxr-2.0.0-chexpert.csv has 1 rows of studies that it holds already: "
+        "the first row of a study counts"
+    ]
+
+
+def test_image_in_two_splits_is_an_error_but_the_same_row_twice_is_not(small_mimic):
+    small_mimic.split.append(small_mimic.split[0])
+    small_mimic.write_tables()
+    assert len(read(small_mimic).rows) == 6
+    small_mimic.split.append(small_mimic.split[0].replace("train", "test"))
+    small_mimic.write_tables()
+    with pytest.raises(ValueError, match=r"split\.csv: 1 images are in more .*first is 0a2b-c0"):
+        read(small_mimic)
 
 
 def test_missing_label_row_leaves_labels_blank_and_is_counted(small_mimic):
@@ -77,6 +92,41 @@ def test_missing_label_row_leaves_labels_blank_and_is_counted(small_mimic):
     row = manifest.rows.set_index("study_id").loc["50414262"]
     assert row.filter(like="label/").isna().all()
     assert manifest.counts["studies_without_labels"] == 1
+    assert manifest.warnings == [
+        "1 studies have no row in the chexpert table: their labels are blank"
+    ]
+
+
+@pytest.mark.parametrize("cell", ["yes", "2", "2.0", "-1.5", "True", "nan", "1.0.0"])
+def test_label_cell_that_is_no_label_names_file_column_study_and_value(small_mimic, cell):
+    small_mimic.add_label("10000039", "50414269", Lung_Lesion=cell)
+    small_mimic.write_tables()
+    found = rf"chexpert\.csv: column 'Lung Lesion', study_id 50414269: .*1 .*0 .*-1 .*got '{cell}'"
+    with pytest.raises(ValueError, match=found):
+        read(small_mimic)
+
+
+def test_published_forms_of_a_label_are_read(small_mimic):
+    small_mimic.labels = []
+    for number, cell in enumerate(["1.0", "0.0", "-1.0", "", " ", "1"]):
+        small_mimic.add_label(f"1000003{number}", f"5041426{number}", Edema=cell)
+    small_mimic.write_tables()
+    labels = read(small_mimic).rows["label/Edema"]
+    np.testing.assert_array_equal(labels, [1, 0, -1, np.nan, np.nan, 1])
+
+
+def test_absent_label_columns_are_named_and_blank(small_mimic):
+    small_mimic.write_tables()
+    path = small_mimic.root / "mimic-cxr-2.0.0-chexpert.csv"
+    renamed = path.read_text().replace("Edema", "edema").replace("Fracture", "Broken")
+    path.write_text(renamed)
+    manifest = read(small_mimic)
+    assert manifest.rows["label/Edema"].isna().all()
+    assert (manifest.rows["label/Pleural Effusion"] == 1).all()
+    assert manifest.warnings == [
+        "mimic-cxr-2.0.0-chexpert.csv has no column Edema, Fracture: "
+        "these labels are blank in every study"
+    ]
 
 
 def test_missing_and_foreign_split_rows(small_mimic):
@@ -114,6 +164,7 @@ def test_report_that_is_not_utf8_is_kept_and_counted(small_mimic):
     manifest = read(small_mimic)
     assert manifest.rows.set_index("study_id")["report"]["50414261"] == "Sjögren."
     assert manifest.rules["not_utf8"] == 1
+    assert manifest.warnings == ["1 reports are not UTF-8: they were read as Latin-1"]
 
 
 def test_reports_from_a_zip_are_read_in_place(small_mimic, tmp_path):
@@ -133,13 +184,18 @@ def test_reports_from_a_zip_are_read_in_place(small_mimic, tmp_path):
     assert reports["50414260"].startswith("Left effusion 0.") and len(reports) == 6
 
 
-def test_damaged_and_missing_zip_member(small_mimic, tmp_path):
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_damaged_and_missing_zip_member(small_mimic, tmp_path, method):
     small_mimic.write_tables()
     archive = tmp_path / "reports.zip"
-    with zipfile.ZipFile(archive, "w") as file:
+    with zipfile.ZipFile(archive, "w", method) as file:
         for number in range(5):
             file.writestr(f"files/p10/p1000003{number}/s5041426{number}.txt", f"Number {number}.")
-    content = archive.read_bytes().replace(b"Number 3.", b"Numbed 3.")
+        member = file.getinfo("files/p10/p10000033/s50414263.txt")
+    content = bytearray(archive.read_bytes())
+    # The member's data follow a header of 30 bytes and its name.
+    start = member.header_offset + 30 + len(member.filename)
+    content[start : start + member.compress_size] = b"\xff" * member.compress_size
     archive.write_bytes(content)
     reasons = {
         image: reason for image, _, reason in read_mimic_cxr(small_mimic.root, archive).skipped
@@ -153,6 +209,7 @@ def test_sections_file_replaces_the_reports(small_mimic, tmp_path):
     lines = ["study,impression,findings,last_paragraph,comparison"]
     lines += [f"s5041426{n},Impression {n}.,Findings {n}.,,None" for n in range(3)]
     lines += ["s50414263,,Findings ____.,,", "s50414264,,,Last words.,"]
+    lines += ["s50414264,,,The same study again.,"]
     sections = tmp_path / "mimic_cxr_sectioned.csv"
     sections.write_text("\n".join(lines))
     manifest = read_mimic_cxr(small_mimic.root, None, sections=sections)
@@ -161,6 +218,7 @@ def test_sections_file_replaces_the_reports(small_mimic, tmp_path):
     assert reports["50414263"] == "Findings ___." and reports["50414264"] == "Last words."
     assert manifest.skipped[0][2] == "no row in the sections file"
     assert manifest.rules == {"impression_findings": 3, "findings": 1, "last_paragraph": 1}
+    assert "mimic_cxr_sectioned.csv has 1 rows of studies" in manifest.warnings[0]
 
 
 def test_patient_in_two_splits_is_an_error(small_mimic):
@@ -170,14 +228,37 @@ def test_patient_in_two_splits_is_an_error(small_mimic):
         read(small_mimic)
 
 
-def test_missing_column_names_file_and_column(small_mimic):
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [
+        ("metadata", "dicom_id"),
+        ("metadata", "subject_id"),
+        ("metadata", "study_id"),
+        ("metadata", "ViewPosition"),
+        ("split", "dicom_id"),
+        ("split", "split"),
+        ("chexpert", "study_id"),
+    ],
+)
+def test_missing_column_names_file_and_column(small_mimic, table, column):
     small_mimic.write_tables()
-    path = small_mimic.root / "mimic-cxr-2.0.0-metadata.csv"
-    path.write_text(path.read_text().replace("ViewPosition", "View"))
-    with pytest.raises(
-        ValueError, match=r"metadata\.csv: missing column ViewPosition; found dicom_id"
-    ):
+    path = small_mimic.root / f"mimic-cxr-2.0.0-{table}.csv"
+    header, _, rest = path.read_text().partition("\n")
+    names = ["other" if name == column else name for name in header.split(",")]
+    path.write_text(",".join(names) + "\n" + rest)
+    message = rf"{table}\.csv: missing column {column}; found {names[0]}, {names[1]}"
+    with pytest.raises(ValueError, match=message):
         read(small_mimic)
+
+
+@pytest.mark.parametrize("column", ["study", "impression", "findings"])
+def test_missing_column_of_the_sections_file(small_mimic, tmp_path, column):
+    small_mimic.write_tables()
+    sections = tmp_path / "mimic_cxr_sectioned.csv"
+    header = "study,impression,findings,last_paragraph,comparison".replace(column, "other", 1)
+    sections.write_text(f"{header}\ns50414260,Clear.,,,\n")
+    with pytest.raises(ValueError, match=rf"sectioned\.csv: missing column {column}; found"):
+        read_mimic_cxr(small_mimic.root, None, sections=sections)
 
 
 def test_missing_table_two_tables_and_a_table_that_is_no_table(small_mimic):
