@@ -34,7 +34,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* 
 
 pretrain: install
 	@echo "== data"
-	$(BIN)/mpma prepare synthetic --out $(DATA) --pairs 4000 --seed 0 --side 128
+	$(BIN)/mpma prepare synthetic --out $(DATA) --seed 0 --side 128
 	@echo "== pretraining"
 	$(BIN)/mpma pretrain mpma_train/configs/tiny.yaml --data $(DATA) --output_dir $(RUN) \
 		--overwrite_output_dir true

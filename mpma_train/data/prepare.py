@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -148,18 +147,3 @@ def _progress(console: Console, what: str) -> Iterator[Callable[[int, int], None
     with Progress(*columns, console=console) as bars:
         task = bars.add_task(what, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m mpma_train.data.prepare`: the same as `mpma prepare`."""
-    parser = argparse.ArgumentParser(prog="mpma prepare", description=__doc__)
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,8 +6,10 @@
     masks/<dicom_id>_<finding>.png, masks.csv             where each finding was drawn
     questions.json                                        question-answer pairs
     synthetic.json                                        what was asked for; completed last
+    unfinished.jsonl                                      while drawing: rows of finished studies
 
-The same seed and library versions give the same bytes, on any number of worker processes.
+The same seed and library versions give the same bytes, on any number of worker processes and over
+any number of interruptions.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import hashlib
 import json
 import shutil
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -28,12 +30,15 @@ import pandas as pd
 from PIL import Image
 
 from ..names import CHEXPERT_LABELS
+from ..store import write_atomically
 from . import images
 from .questions import ask
 from .reports import write_report
 from .scene import Scene, sample_build, sample_scene
 
 GENERATOR_VERSION = 5
+NOTE = "synthetic.json"
+RECORD = "unfinished.jsonl"
 SPLIT_SHARES = {"train": 0.8, "validate": 0.1, "test": 0.1}
 VIEW_MEANINGS = {"PA": "postero-anterior", "AP": "antero-posterior"}
 
@@ -158,6 +163,58 @@ def _write_table(rows: list[dict], path: Path) -> None:
     path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
 
 
+def _open(out: Path, asked: dict) -> bool:
+    """Readies `out` for the asked set, keeping what was begun of it; False if it is complete."""
+    note = out / NOTE
+    begun = json.loads(note.read_text()) if note.exists() else None
+    if begun == asked | {"complete": True}:
+        return False
+    if begun == asked | {"complete": False}:
+        return True
+    # All that an interruption of the first note leaves is its temporary file.
+    if begun is None and out.exists() and {path.name for path in out.iterdir()} - {f"{NOTE}.tmp"}:
+        raise ValueError(f"{out} holds something other than a synthetic set: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    # This note fits no set: after an interruption before the next one, everything is removed again.
+    write_atomically(note, b"{}")
+    for folder in (out / "files", out / "masks"):
+        if folder.exists():
+            shutil.rmtree(folder)
+    (out / RECORD).unlink(missing_ok=True)
+    (out / "masks").mkdir()
+    write_atomically(note, json.dumps(asked | {"complete": False}).encode())
+    return True
+
+
+def _recorded(record: Path) -> list[dict]:
+    """The rows of the studies finished before an interruption; a line cut short is removed."""
+    lines = record.read_bytes().splitlines(keepends=True) if record.exists() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    record.write_bytes(b"".join(whole))
+    return [json.loads(line) for line in whole]
+
+
+def _write_studies(studies: list[dict], out: Path, seed: int, workers: int) -> Iterator[dict]:
+    """The rows of every study, in order; only what is not on record is drawn."""
+    finished = _recorded(out / RECORD)
+    yield from finished
+    todo = studies[len(finished) :]
+    write = partial(_write_study, out=out, seed=seed)
+    with (out / RECORD).open("a", buffering=1) as record:
+        for rows in _in_order(write, todo, workers):
+            record.write(json.dumps(rows) + "\n")
+            yield rows
+
+
+def _in_order(write: Callable[[dict], dict], studies: list[dict], workers: int) -> Iterator[dict]:
+    if workers == 1:
+        yield from map(write, studies)
+        return
+    # spawn: the caller may have started threads, which a forked child would inherit broken.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(write, studies, chunksize=16)
+
+
 def write_raw(
     out: Path,
     *,
@@ -168,40 +225,24 @@ def write_raw(
 ) -> None:
     """Writes `pairs` image-report pairs under `out`. `progress` is told how many images are done.
 
-    A complete set of the same size, seed and generator is left as it is.
+    A complete set of the same size, seed and generator is left as it is; one that was interrupted
+    goes on after the last study that was finished.
     """
-    asked = {"pairs": pairs, "seed": seed, "generator": GENERATOR_VERSION, "complete": True}
-    note = out / "synthetic.json"
-    if note.exists():
-        if json.loads(note.read_text()) == asked:
-            return
-        for folder in ("files", "masks"):
-            shutil.rmtree(out / folder, ignore_errors=True)
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} holds something other than a synthetic set: choose another --out")
-    (out / "masks").mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(asked | {"complete": False}))
+    asked = {"pairs": pairs, "seed": seed, "generator": GENERATOR_VERSION}
+    if not _open(out, asked):
+        return
     studies = plan_studies(pairs, seed)
     tables: dict[str, list] = {}
-    write = partial(_write_study, out=out, seed=seed)
-
-    def gather(results) -> None:
-        done = 0
-        for study, rows in zip(studies, results, strict=True):
-            for name, entries in rows.items():
-                tables.setdefault(name, []).extend(entries)
-            done += study["images"]
-            progress(done)
-
-    if workers > 1:
-        # spawn: the caller may have started threads, which a forked child would inherit broken.
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            gather(pool.map(write, studies, chunksize=16))
-    else:
-        gather(map(write, studies))
+    done = 0
+    for study, rows in zip(studies, _write_studies(studies, out, seed, workers), strict=True):
+        for name, entries in rows.items():
+            tables.setdefault(name, []).extend(entries)
+        done += study["images"]
+        progress(done)
     for name in ("metadata", "split", "chexpert"):
         _write_table(tables[name], out / f"mimic-cxr-2.0.0-{name}.csv.gz")
     _write_table(tables["masks"], out / "masks.csv")
     questions = [{"qid": number, **row} for number, row in enumerate(tables["questions"])]
     (out / "questions.json").write_text(json.dumps(questions, indent=0))
-    note.write_text(json.dumps(asked))
+    (out / RECORD).unlink()
+    write_atomically(out / NOTE, json.dumps(asked | {"complete": True}).encode())
