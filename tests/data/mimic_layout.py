@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
 
 METADATA_HEADER = (
     "dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,"
@@ -33,6 +35,8 @@ REPORT = """                                 FINAL REPORT
 
  Left effusion {number}.
 """
+# Twelve bits, brighter to the right.
+RAMP = np.tile(np.linspace(0, 4095, 32), (32, 1)).astype(np.uint16)
 
 
 def ramp_jpeg(path: Path, height: int = 40, width: int = 30) -> None:
@@ -40,6 +44,22 @@ def ramp_jpeg(path: Path, height: int = 40, width: int = 30) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     row = np.linspace(0, 250, width).astype(np.uint8)
     Image.fromarray(np.tile(row, (height, 1))).save(path, quality=95)
+
+
+def write_dicom(path: Path, values: np.ndarray, form: str, **extra) -> None:
+    """A radiograph of 12 bits a pixel; `extra` sets further elements."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    data = FileDataset(path, {}, file_meta=meta, preamble=b"\0" * 128)
+    data.Rows, data.Columns = values.shape
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, form
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 12, 11, 0
+    data.PixelData = values.tobytes()
+    for name, value in extra.items():
+        setattr(data, name, value)
+    data.save_as(path, enforce_file_format=True)
 
 
 class MimicFolder:

@@ -4,29 +4,10 @@ import zlib
 import numpy as np
 import pydicom
 import pytest
-from mimic_layout import ramp_jpeg
+from mimic_layout import RAMP, ramp_jpeg, write_dicom
 from PIL import Image
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian
 
 from mpma_train.data.images import UnreadableImageError, fit_square, read_image, window
-
-RAMP = np.tile(np.linspace(0, 4095, 32), (32, 1)).astype(np.uint16)
-
-
-def write_dicom(path, values, form, **extra):
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
-    meta.MediaStorageSOPInstanceUID = "1.2.3"
-    data = FileDataset(path, {}, file_meta=meta, preamble=b"\0" * 128)
-    data.Rows, data.Columns = values.shape
-    data.SamplesPerPixel, data.PhotometricInterpretation = 1, form
-    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 12, 11, 0
-    data.PixelData = values.tobytes()
-    for name, value in extra.items():
-        setattr(data, name, value)
-    data.save_as(path, enforce_file_format=True)
 
 
 def test_jpeg_is_scaled_to_the_longer_side_and_padded_centred(tmp_path):
