@@ -10,7 +10,14 @@ from PIL import Image
 from mpma_train.data.store import Store
 from mpma_train.evaluate.features import image_features, load_subject
 from mpma_train.evaluate.held_out import label_array, split_rows
-from mpma_train.evaluate.probe import DRAWS, binary_targets, has_both_classes, probe
+from mpma_train.evaluate.probe import (
+    DRAWS,
+    FRACTIONS,
+    aurocs,
+    binary_targets,
+    has_both_classes,
+    probe,
+)
 from mpma_train.evaluate.results import Numbers, Result
 
 PIXEL_SIDE = 32
@@ -42,6 +49,7 @@ def evaluate(args: argparse.Namespace) -> Result:
         splits = [(features(rows[split]), targets[split]) for split in SPLITS]
         return summarise(probe(*splits, seed=args.seed), names)
 
+    constant = aurocs(targets["test"], np.zeros_like(targets["test"]))
     return Result(
         task="linear",
         model=str(args.model),
@@ -50,6 +58,7 @@ def evaluate(args: argparse.Namespace) -> Result:
         seed=args.seed,
         metrics=numbers(partial(image_features, subject, subject.model)),
         baselines={
+            "chance": summarise(dict.fromkeys(FRACTIONS, constant[None]), names),
             "untrained": numbers(partial(image_features, subject, subject.untrained())),
             "pixels": numbers(partial(pixel_features, subject.store)),
         },

@@ -5,6 +5,7 @@ fills in most words. The image's own reconstruction is measured beside it.
 """
 
 import argparse
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from mpma_train.evaluate.features import Subject, load_subject
 from mpma_train.evaluate.held_out import HeldOut, held_out_pairs, partners
 from mpma_train.evaluate.results import Result
+from mpma_train.models import MpmaForPreTraining
 from mpma_train.models.image_encoder import two_resolutions
 from mpma_train.models.masking import PairedMasks, draw_masks
 from mpma_train.models.reconstruction import patch_targets
@@ -29,14 +31,18 @@ class Losses:
     Attributes:
         report, report_permuted: cross-entropy of the masked tokens, with the right image and
             with another one.
-        unigram: the same of the unigram model on the same tokens.
-        image, constant: squared error of the masked patches, of the model and of the constant.
+        report_untrained, unigram: the same with the right image, of the untrained model, and of
+            the unigram model.
+        image, image_untrained, constant: squared error of the masked patches, of the model, of
+            the untrained model and of the constant.
     """
 
     report: np.ndarray
     report_permuted: np.ndarray
+    report_untrained: np.ndarray
     unigram: np.ndarray
     image: np.ndarray
+    image_untrained: np.ndarray
     constant: np.ndarray
 
 
@@ -58,13 +64,15 @@ def evaluate(args: argparse.Namespace) -> Result:
         raise ValueError(
             f"model: {args.model} was trained without reports or images to reconstruct"
         )
-    # Measured on masked tokens whatever it was trained on; the alignment has no part in it.
-    config.mlm_loss_on = "masked"
-    config.global_loss_weight = config.local_loss_weight = 0.0
+    untrained = subject.untrained()
+    for measured in (config, untrained.config):
+        # On masked tokens whatever the model was trained on; the alignment has no part in it.
+        measured.mlm_loss_on = "masked"
+        measured.global_loss_weight = measured.local_loss_weight = 0.0
     pairs = held_out_pairs(subject.store, args.split)
     groups = pair_groups(pairs)
     wrong = partners(groups, args.seed)
-    losses = measure(subject, args.split, pairs, wrong, args.draws)
+    losses = measure(subject, untrained, args.split, pairs, wrong, args.draws)
     difference = losses.report_permuted - losses.report
     difference = difference[~np.isnan(difference)]
     return Result(
@@ -81,6 +89,12 @@ def evaluate(args: argparse.Namespace) -> Result:
             "image_loss": float(losses.image.mean()),
         },
         baselines={
+            # Every token as likely as any other; for patches the constant is the blind guess.
+            "chance": {"report_loss": math.log(config.vocab_size), "report_loss_difference": 0.0},
+            "untrained": {
+                "report_loss": float(np.nanmean(losses.report_untrained)),
+                "image_loss": float(losses.image_untrained.mean()),
+            },
             "unigram": {"report_loss": float(np.nanmean(losses.unigram))},
             "constant": {"image_loss": float(losses.constant.mean())},
         },
@@ -105,11 +119,19 @@ def standard_error(values: np.ndarray) -> float | None:
 
 
 @torch.no_grad()
-def measure(subject: Subject, split: str, pairs: HeldOut, wrong: np.ndarray, draws: int) -> Losses:
-    """Losses with the right images and with those of `wrong`, under the same masks.
+def measure(
+    subject: Subject,
+    untrained: MpmaForPreTraining,
+    split: str,
+    pairs: HeldOut,
+    wrong: np.ndarray,
+    draws: int,
+) -> Losses:
+    """Losses with the right images, with those of `wrong` and untrained, under the same masks.
 
     Args:
         subject: model and data.
+        untrained: the model of the same shape that the subject's is compared with.
         split: name of the split.
         pairs: its N held-out pairs.
         wrong: (N,) number of the pair whose image replaces each pair's own.
@@ -127,15 +149,17 @@ def measure(subject: Subject, split: str, pairs: HeldOut, wrong: np.ndarray, dra
             masked = masks.masked_tokens
             right = model(**batch)
             permuted = model(**(batch | {"pixel_values": other["pixel_values"]}))
+            fresh = untrained(**batch)
             unigram = (-log_probability[batch["input_ids"]] * masked).sum(1) / masked.sum(1)
             _, target = two_resolutions(batch["pixel_values"], config)
             constant = (patch_targets(target, side, masks.masked_patches) - patch).square()
-            some = masked.any(dim=1)
+            nothing = ~masked.any(dim=1)
+            reports = (out.report_loss_per_sample for out in (right, permuted, fresh))
             of_batch = (
-                right.report_loss_per_sample.masked_fill(~some, torch.nan),
-                permuted.report_loss_per_sample.masked_fill(~some, torch.nan),
+                *(report.masked_fill(nothing, torch.nan) for report in reports),
                 unigram,
                 right.image_loss_per_sample,
+                fresh.image_loss_per_sample,
                 constant.mean(dim=(1, 2)),
             )
             found.append(torch.stack([part.double() for part in of_batch]).cpu())

@@ -93,9 +93,9 @@ def configure(store, **changes):
     return MpmaConfig(**(settings | changes))
 
 
-def write_model(path, store, **changes):
+def write_model(path, store, seed=0, **changes):
     config = configure(store, **changes)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     MpmaForPreTraining(config).save_pretrained(path)
     MpmaProcessor.from_store(store, config).save_pretrained(path)
     return path
@@ -133,7 +133,7 @@ def tiny_config(store):
 
 @pytest.fixture(scope="session")
 def save_model(store):
-    """save_model(path, **settings) writes an untrained model for the small store."""
+    """save_model(path, seed=0, **settings) writes an untrained model for the small store."""
 
     def save(path, **changes):
         return write_model(path, store, **changes)

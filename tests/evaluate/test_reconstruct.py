@@ -1,6 +1,7 @@
 """Reconstruction losses end to end on a tiny model, and its baselines by hand."""
 
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from mpma_train.evaluate import reconstruct
 from mpma_train.evaluate.features import load_subject
 from mpma_train.evaluate.held_out import HeldOut, held_out_pairs
 from mpma_train.evaluate.reconstruct import (
+    Losses,
     fit_baselines,
     masks_of,
     measure,
@@ -25,26 +27,55 @@ def subject(model_path, store_path):
     return load_subject(str(model_path), str(store_path), batch_size=6, seed=0)
 
 
-def test_result_has_the_agreed_names_and_repeats(arguments):
+def test_result_has_the_agreed_names_and_repeats(arguments, store):
     result = reconstruct.evaluate(arguments())
     names = {"report_loss", "report_loss_permuted", "report_loss_difference"}
     assert set(result.metrics) == names | {"report_loss_difference_se", "image_loss"}
+    assert set(result.baselines) == {"chance", "untrained", "unigram", "constant"}
     assert set(result.baselines["unigram"]) == {"report_loss"}
     assert set(result.baselines["constant"]) == {"image_loss"}
-    difference = result.metrics["report_loss_permuted"] - result.metrics["report_loss"]
-    assert result.metrics["report_loss_difference"] == pytest.approx(difference)
-    assert result.metrics["report_loss_difference_se"] > 0
+    uniform = math.log(len(store.tokenizer()))
+    assert result.baselines["chance"] == {"report_loss": uniform, "report_loss_difference": 0}
     assert result.details["permuted_with_same_findings"] == 0
     assert reconstruct.evaluate(arguments()) == result  # dropout is off, masks are seeded
     assert reconstruct.evaluate(arguments(seed=1)).metrics != result.metrics
 
 
-def test_untrained_model_knows_no_words_and_the_constant_nearly_none(arguments):
+@pytest.mark.parametrize("seed", [0, 1])
+def test_untrained_model_is_measured_as_the_model_is(tmp_path, arguments, save_model, seed):
+    path = save_model(tmp_path / "m", seed=seed)
+    result = reconstruct.evaluate(arguments(model=str(path)))
+    untrained = result.baselines["untrained"]
+    assert set(untrained) == {"report_loss", "image_loss"}
+    # the baseline's seed is that of the evaluation, 0
+    assert [untrained[name] == result.metrics[name] for name in untrained] == [seed == 0] * 2
+
+
+def test_metrics_of_known_losses(arguments, monkeypatch):
+    """Means over the reports that have words, and the paired difference with its error."""
+    nan = np.nan
+    known = Losses(
+        report=np.array([1.0, 2.0, nan, 3.0]),
+        report_permuted=np.array([1.5, 4.0, nan, 6.5]),
+        report_untrained=np.array([5.0, 6.0, nan, 7.0]),
+        unigram=np.array([4.0, 4.0, nan, 1.0]),
+        image=np.array([1.0, 2.0, 3.0, 4.0]),
+        image_untrained=np.array([2.0, 2.0, 2.0, 4.0]),
+        constant=np.array([1.0, 1.0, 1.0, 2.0]),
+    )
+    monkeypatch.setattr(reconstruct, "measure", lambda *_: known)
     result = reconstruct.evaluate(arguments())
-    # fresh weights are nearly uniform over the vocabulary; small logits add half their variance
-    assert result.metrics["report_loss"] > result.baselines["unigram"]["report_loss"]
-    # a patch of n pixels has unbiased variance 1: its mean square is (n - 1) / n
-    assert result.baselines["constant"]["image_loss"] == pytest.approx(255 / 256, abs=0.05)
+    assert result.metrics == {
+        "report_loss": 2.0,
+        "report_loss_permuted": 4.0,
+        "report_loss_difference": 2.0,  # of 0.5, 2 and 3.5
+        "report_loss_difference_se": pytest.approx(1.5 / 3**0.5),
+        "image_loss": 2.5,
+    }
+    assert result.baselines["untrained"] == {"report_loss": 6.0, "image_loss": 2.5}
+    assert result.baselines["unigram"] == {"report_loss": 3.0}
+    assert result.baselines["constant"] == {"image_loss": 1.25}
+    assert result.details["reports_without_words"] == 1
 
 
 def test_masks_are_those_of_the_forward(subject, monkeypatch):
@@ -69,9 +100,10 @@ def test_masks_are_those_of_the_forward(subject, monkeypatch):
 
 def test_own_image_as_partner_makes_no_difference(subject):
     pairs = held_out_pairs(subject.store, "test")
-    same = measure(subject, "test", pairs, np.arange(len(pairs.items)), draws=1)
+    untrained, own = subject.untrained(), np.arange(len(pairs.items))
+    same = measure(subject, untrained, "test", pairs, own, draws=1)
     np.testing.assert_array_equal(same.report, same.report_permuted)
-    other = measure(subject, "test", pairs, np.roll(np.arange(len(pairs.items)), 1), draws=1)
+    other = measure(subject, untrained, "test", pairs, np.roll(own, 1), draws=1)
     np.testing.assert_array_equal(same.report, other.report)
     assert (other.report != other.report_permuted).any()
 
@@ -81,21 +113,23 @@ def test_batch_size_does_not_change_the_losses(model_path, store_path):
     for batch_size in (3, 16):
         subject = load_subject(str(model_path), str(store_path), batch_size=batch_size, seed=0)
         pairs = held_out_pairs(subject.store, "test")
-        losses.append(measure(subject, "test", pairs, np.arange(16)[::-1], draws=2))
-    for name in ("report", "report_permuted", "unigram", "image", "constant"):
-        # float32 sums of another order
-        np.testing.assert_allclose(*(getattr(loss, name) for loss in losses), rtol=1e-4)
+        wrong = np.arange(16)[::-1]
+        losses.append(measure(subject, subject.untrained(), "test", pairs, wrong, draws=2))
+    for name in (field.name for field in fields(Losses)):
+        # float32 sums of another order, kept as float64
+        few, many = (getattr(loss, name).astype(np.float32) for loss in losses)
+        torch.testing.assert_close(few, many)
 
 
 def test_unigram_is_smoothed_and_normalised():
     log_probability = unigram_log_probabilities(torch.tensor([3, 0, 1]))
     expected = [math.log(4 / 7), math.log(1 / 7), math.log(2 / 7)]
-    np.testing.assert_allclose(log_probability.numpy(), expected, rtol=1e-6)
+    torch.testing.assert_close(log_probability, torch.tensor(expected))
 
 
 def test_baselines_are_fitted_on_training_pairs(subject):
     log_probability, patch = fit_baselines(subject)
-    assert log_probability.exp().sum() == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(log_probability.exp().sum(), torch.tensor(1.0))
     tokenizer = subject.store.tokenizer()
     ids = tokenizer.convert_tokens_to_ids(["[CLS]", "[PAD]", "study", "edema"])
     special, padding, study, edema = log_probability[ids].tolist()
@@ -103,19 +137,30 @@ def test_baselines_are_fitted_on_training_pairs(subject):
     assert special < edema < study
     items = held_out_pairs(subject.store, "train").items
     images = subject.store.images[subject.store.rows("train")[items]].astype(np.float64)
-    patches = images.reshape(-1, 4, 16, 4, 16).swapaxes(2, 3).reshape(-1, 256)
-    normal = (patches - patches.mean(1, keepdims=True)) / patches.std(1, ddof=1, keepdims=True)
-    np.testing.assert_allclose(patch.numpy(), normal.mean(0), atol=1e-4)
+    patches = (images.reshape(-1, 4, 16, 4, 16).swapaxes(2, 3).reshape(-1, 256) / 255 - 0.2) / 0.2
+    torch.testing.assert_close(patch, torch.from_numpy(normalised(patches).mean(0)).float())
 
 
-def test_unigram_loss_is_over_masked_tokens(subject):
+def normalised(patches):
+    """Patches (..., n) in float64 as the reconstruction's target defines them."""
+    deviation = np.sqrt(patches.var(-1, ddof=1, keepdims=True) + 1e-6)
+    return (patches - patches.mean(-1, keepdims=True)) / deviation
+
+
+def test_baselines_are_measured_on_what_is_masked_in_every_draw(subject):
     pairs = held_out_pairs(subject.store, "test")
-    losses = measure(subject, "test", pairs, np.arange(16), draws=1)
-    log_probability, _ = fit_baselines(subject)
-    batch = next(subject.batches("test", pairs.items))
-    masks = masks_of(subject, batch)
-    own = batch["input_ids"][0][masks.masked_tokens[0]]
-    assert losses.unigram[0] == pytest.approx(-log_probability[own].mean().item(), rel=1e-5)
+    losses = measure(subject, subject.untrained(), "test", pairs, np.arange(16), draws=2)
+    log_probability, patch = fit_baselines(subject)
+    unigram, constant = [], []
+    for draw in (0, 1):
+        batch = next(subject.batches("test", pairs.items, draw))
+        masks = masks_of(subject, batch)
+        unigram.append(-log_probability[batch["input_ids"][0][masks.masked_tokens[0]]].mean())
+        image = batch["pixel_values"][0, 0].double().numpy()
+        patches = normalised(image.reshape(4, 16, 4, 16).swapaxes(1, 2).reshape(16, 256))
+        constant.append(np.square(patches - patch.numpy())[masks.masked_patches[0]].mean())
+    for found, draws in ((losses.unigram, unigram), (losses.constant, constant)):
+        torch.testing.assert_close(np.float32(found[0]), np.float32(np.mean(draws)))
 
 
 def test_model_trained_on_all_tokens_is_measured_on_masked_ones(tmp_path, arguments, save_model):
