@@ -66,14 +66,16 @@ def test_table_shows_every_metric_beside_its_baselines(tmp_path):
     assert result.caption() == "store · n 3 · seed 0 · duplicate reports 1 · left out none"
 
 
-def test_summary_prints_all_tasks_without_label_rows(tmp_path, capsys):
+def test_summary_prints_all_tasks_without_labels_and_deviations(tmp_path, capsys):
     example(tmp_path).save()
-    example(tmp_path, task="linear", metrics={"auroc_1": 0.75}, baselines={}).save()
+    areas = {"auroc_1": 0.75, "auroc_1_std": 0.01}
+    example(tmp_path, task="linear", metrics=areas, baselines={}).save()
     assert main([str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "chance 0.250" in printed
     assert "0.750" in printed
     assert "Edema" not in printed
+    assert "_std" not in printed
 
 
 def test_summary_of_nothing_is_an_error(tmp_path):
