@@ -83,4 +83,17 @@ void matmul(int64_t m, int64_t n, int64_t k, const Product<T>& p, bool add) {
   } while (depth0 < k);
 }
 
+// Columns that are summed in registers together, and so a panel's.
+template <typename T>
+constexpr int64_t kPanel = kTileVectors * kWidth<T>;
+
+// C (m, n) = A (m, k) B, of which B is packed as [n / kPanel][k][kPanel]: one stream of memory a panel.
+template <typename T>
+void matmul_panels(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, const T* panels, T* c, int64_t c_row) {
+  for (int64_t column = 0; column < n; column += kPanel<T>)
+    matmul<T>(
+        m, std::min(kPanel<T>, n - column), k,
+        {a, a_row, 1, panels + column * k, kPanel<T>, c + column, c_row}, false);
+}
+
 }  // namespace mpma::MPMA_ISA

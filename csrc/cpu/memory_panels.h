@@ -3,9 +3,6 @@
 
 namespace mpma::MPMA_ISA::memory {
 
-template <class T>
-constexpr int64_t kPanel = kTileVectors * kWidth<T>;
-
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Panels of rows, transposed, for products over the width: [head][row / kPanel][width][row % kPanel], with zeros for
@@ -52,18 +49,21 @@ struct ColumnPanels {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t head = item / panels, d0 = item % panels * kPanel<T>;
         T* panel = data.get() + item * rows * kPanel<T>;
-        for (int64_t row = 0; row < rows; ++row)
-          for (int64_t d = 0; d < kPanel<T>; ++d)
-            panel[row * kPanel<T> + d] = d0 + d < width ? source.at(row, head)[d0 + d] : T(0);
+        const int64_t real = std::min(kPanel<T>, width - d0);
+        for (int64_t row = 0; row < rows; ++row, panel += kPanel<T>) {
+          std::memcpy(panel, source.at(row, head) + d0, real * sizeof(T));
+          std::fill(panel + real, panel + kPanel<T>, T(0));
+        }
       }
     });
   }
 
-  // c (m, columns) = a (m, n) times the rows row0 ... row0 + n - 1.
-  void multiply(const T* a, int64_t a_row, int64_t m, int64_t head, int64_t row0, int64_t n, T* c) const {
+  // c (m, columns) = a (m, n), of any strides, times the rows row0 ... row0 + n - 1.
+  void multiply(
+      const T* a, int64_t a_row, int64_t a_column, int64_t m, int64_t head, int64_t row0, int64_t n, T* c) const {
     const T* panel = data.get() + head * columns * rows + row0 * kPanel<T>;
     for (int64_t j = 0; j < columns; j += kPanel<T>, panel += rows * kPanel<T>)
-      matmul<T>(m, kPanel<T>, n, {a, a_row, 1, panel, kPanel<T>, c + j, columns}, false);
+      matmul<T>(m, kPanel<T>, n, {a, a_row, a_column, panel, kPanel<T>, c + j, columns}, false);
   }
 };
 

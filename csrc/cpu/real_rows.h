@@ -29,6 +29,15 @@ inline Tensor in_type(const Tensor& t, ScalarType type) {
 // How many items of so many multiply-adds or copied numbers are worth a thread: about 10 microseconds' worth.
 inline int64_t grain(int64_t work_of_item) { return (1 << 18) / std::max<int64_t>(1, work_of_item) + 1; }
 
+// n zeros.
+template <class T>
+Buffer<T> zeros(int64_t n) {
+  Buffer<T> buffer(n);
+  torch::stable::parallel_for(
+      0, n, grain(1), [&](int64_t begin, int64_t end) { std::fill(buffer.get() + begin, buffer.get() + end, T(0)); });
+  return buffer;
+}
+
 template <class T>
 struct RealRows {
   int64_t items, length, width, stride;  // stride: distance of rows, zeros beyond the width
@@ -60,13 +69,16 @@ struct RealRows {
     return rows_of;
   }
 
-  // Rows of an item to columns: out (width, distance), zeros in the columns up to the next whole group of 16.
-  void transpose(int64_t i, T* out, int64_t distance) const {
-    const int64_t columns = count(i), group = (columns + 15) / 16 * 16;
-    for (int64_t d = 0; d < width; ++d) {
-      T* to = out + d * distance;
-      for (int64_t p = 0; p < columns; ++p) to[p] = item(i)[p * stride + d];
-      std::fill(to + columns, to + group, T(0));
+  // The rows of an item as columns, in panels of so many: out [count / columns][width][columns], with zeros for the rows
+  // that the last panel lacks.
+  void transpose(int64_t i, int64_t columns, T* out) const {
+    for (int64_t p = 0; p < count(i); p += columns, out += width * columns) {
+      const int64_t real = std::min(columns, count(i) - p);
+      const T* rows = item(i) + p * stride;
+      for (int64_t d = 0; d < width; ++d) {
+        for (int64_t j = 0; j < real; ++j) out[d * columns + j] = rows[j * stride + d];
+        std::fill(out + d * columns + real, out + (d + 1) * columns, T(0));
+      }
     }
   }
 
@@ -113,7 +125,10 @@ struct RealRows {
         for (int64_t row = start[i]; row < start[i + 1]; ++row) {
           const T* from = source + i * by_item + position[row] * by_row;
           T* to = data.get() + row * this->stride;
-          for (int64_t d = 0; d < width; ++d) to[d] = from[d * by_column];
+          if (by_column == 1)
+            std::memcpy(to, from, width * sizeof(T));
+          else
+            for (int64_t d = 0; d < width; ++d) to[d] = from[d * by_column];
           std::fill(to + width, to + this->stride, T(0));
         }
     });

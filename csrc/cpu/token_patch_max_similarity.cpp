@@ -8,12 +8,21 @@
 
 namespace mpma {
 
-// One of the two results as its backward needs it, by pair: the number of the nearest row of the other side for every
-// row, and the gradient of their mean.
+// One side in the backward: its rows, what they chose on the other side and the gradient of their means, by pair.
 template <class T>
-struct MaxDirection {
-  const int32_t* index;
+struct MaxSide {
+  const cpu::RealRows<T>& rows;
+  const int32_t* index;  // [pair][position]
   const T* grad;
+  int64_t step;  // pairs from one item to the next
+  std::vector<int64_t> row_of_position;
+
+  MaxSide(const cpu::RealRows<T>& rows, const cpu::Tensor& index, const cpu::Tensor& grad, int64_t step)
+      : rows(rows), index(index.const_data_ptr<int32_t>()), grad(grad.const_data_ptr<T>()), step(step),
+        row_of_position(rows.row_of_position()) {}
+
+  // The row at a position of item i.
+  int64_t row_at(int64_t i, int32_t position) const { return row_of_position[i * rows.length + position]; }
 };
 
 }  // namespace mpma
@@ -75,14 +84,14 @@ std::tuple<Tensor, Tensor> token_patch_max_similarity_backward(
     using T = decltype(number);
     const int64_t stride = portable::row_distance(tokens.size(2));
     const RealRows<T> w(tokens, token_mask, stride), v(patches, patch_mask, stride);
-    const MaxDirection<T> by_token{patch.const_data_ptr<int32_t>(), grad_of_tokens.const_data_ptr<T>()};
-    const MaxDirection<T> by_patch{token.const_data_ptr<int32_t>(), grad_of_patches.const_data_ptr<T>()};
-    std::vector<T> grad_w(need_tokens ? w.rows() * stride : 0), grad_v(need_patches ? v.rows() * stride : 0);
-    if (need_tokens) backward(w, v, by_token, by_patch, v.items, 1, grad_w.data());
-    if (need_patches) backward(v, w, by_patch, by_token, 1, v.items, grad_v.data());
+    const MaxSide<T> of_tokens(w, patch, grad_of_tokens, v.items), of_patches(v, token, grad_of_patches, 1);
+    const auto grad_w = zeros<T>(need_tokens ? w.rows() * stride : 0);
+    const auto grad_v = zeros<T>(need_patches ? v.rows() * stride : 0);
+    if (need_tokens) backward(of_tokens, of_patches, grad_w.get());
+    if (need_patches) backward(of_patches, of_tokens, grad_v.get());
     return {
-        need_tokens ? w.scatter(grad_w.data(), tokens) : not_needed(tokens),
-        need_patches ? v.scatter(grad_v.data(), patches) : not_needed(patches)};
+        need_tokens ? w.scatter(grad_w.get(), tokens) : not_needed(tokens),
+        need_patches ? v.scatter(grad_v.get(), patches) : not_needed(patches)};
   };
   return compute_type(tokens) == ScalarType::Double ? run(double{}, &portable::max_similarity::backward<double>)
                                                     : run(float{}, MPMA_FASTEST(max_similarity::backward<float>));

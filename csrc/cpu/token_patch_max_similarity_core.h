@@ -62,7 +62,7 @@ void forward(
   const int64_t most_tokens = tokens.largest_count(), stride = row_distance(patches.largest_count());
   const int64_t work = tokens.length * patches.length * width;
   torch::stable::parallel_for(0, images * reports, cpu::grain(work), [&](int64_t begin, int64_t end) {
-    const cpu::Buffer<T> transposed(width * stride), scores(most_tokens * stride);
+    const cpu::Buffer<T> transposed(width * (stride + kPanel<T>)), scores(most_tokens * stride);
     const cpu::Buffer<T> of_token(most_tokens), of_patch(stride);
     const cpu::Buffer<int32_t> patch(most_tokens);
     const cpu::Buffer<Integers<T>> token(stride);
@@ -75,9 +75,8 @@ void forward(
       std::fill_n(token_out, patches.length, 0);
       tokens_to_patches[out] = patches_to_tokens[out] = 0;
       if (t == 0 || p == 0) continue;
-      if (transposed_image != image) patches.transpose(transposed_image = image, transposed.get(), stride);
-      matmul<T>(
-          t, p, width, {tokens.item(report), tokens.stride, 1, transposed.get(), stride, scores.get(), stride}, false);
+      if (transposed_image != image) patches.transpose(transposed_image = image, kPanel<T>, transposed.get());
+      matmul_panels<T>(t, p, width, tokens.item(report), tokens.stride, transposed.get(), scores.get(), stride);
       for (int64_t i = 0; i < t; ++i)
         std::fill(
             scores.get() + i * stride + p, scores.get() + i * stride + padded(p), -std::numeric_limits<T>::infinity());
@@ -105,32 +104,33 @@ void add_row(T weight, const T* row, T* sum, int64_t width) {
   for (int64_t d = 0; d < width; d += kWidth<T>) store(sum + d, load(sum + d) + weight * load(row + d));
 }
 
-// The gradient of one side's rows, each item's summed by one thread in the order of the other side's items: what its
-// own rows chose, and what chose them. The pair of items i and j has the number i * own_step + j * other_step.
+// What item j of the other side adds to the gradient of item i.
 template <typename T>
-void backward(
-    const cpu::RealRows<T>& own, const cpu::RealRows<T>& other, MaxDirection<T> chosen_by_own,
-    MaxDirection<T> chosen_by_other, int64_t own_step, int64_t other_step, T* grad) {
-  const std::vector<int64_t> own_row = own.row_of_position(), other_row = other.row_of_position();
-  const int64_t work = other.items * (own.length + other.length) * own.width;
-  torch::stable::parallel_for(0, own.items, cpu::grain(work), [&](int64_t begin, int64_t end) {
+void add_pair(const MaxSide<T>& own, const MaxSide<T>& other, int64_t i, int64_t j, T* grad) {
+  const cpu::RealRows<T>&mine = own.rows, &theirs = other.rows;
+  if (mine.count(i) == 0 || theirs.count(j) == 0) return;
+  const int64_t pair = i * own.step + j * other.step;
+  const int32_t* by_mine = own.index + pair * mine.length;
+  const int32_t* by_theirs = other.index + pair * theirs.length;
+  const T to_mine = own.grad[pair] / mine.count(i), to_theirs = other.grad[pair] / theirs.count(j);
+  for (int64_t row = mine.start[i]; row < mine.start[i + 1]; ++row)
+    add_row(
+        to_mine, theirs.data.get() + other.row_at(j, by_mine[mine.position[row]]) * theirs.stride,
+        grad + row * mine.stride, mine.width);
+  for (int64_t row = theirs.start[j]; row < theirs.start[j + 1]; ++row)
+    add_row(
+        to_theirs, theirs.data.get() + row * theirs.stride,
+        grad + own.row_at(i, by_theirs[theirs.position[row]]) * mine.stride, mine.width);
+}
+
+// The gradient of one side's rows, each item's summed by one thread in the order of the other side's items: what its
+// own rows chose, and what chose them.
+template <typename T>
+void backward(const MaxSide<T>& own, const MaxSide<T>& other, T* grad) {
+  const int64_t work = other.rows.items * (own.rows.length + other.rows.length) * own.rows.width;
+  torch::stable::parallel_for(0, own.rows.items, cpu::grain(work), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      for (int64_t j = 0; j < other.items; ++j) {
-        if (own.count(i) == 0 || other.count(j) == 0) continue;
-        const int64_t pair = i * own_step + j * other_step;
-        const int32_t* of_own = chosen_by_own.index + pair * own.length;
-        const int32_t* of_other = chosen_by_other.index + pair * other.length;
-        const T to_own = chosen_by_own.grad[pair] / own.count(i);
-        const T to_other = chosen_by_other.grad[pair] / other.count(j);
-        for (int64_t row = own.start[i]; row < own.start[i + 1]; ++row)
-          add_row(
-              to_own, other.data.get() + other_row[j * other.length + of_own[own.position[row]]] * other.stride,
-              grad + row * own.stride, own.width);
-        for (int64_t row = other.start[j]; row < other.start[j + 1]; ++row)
-          add_row(
-              to_other, other.data.get() + row * other.stride,
-              grad + own_row[i * own.length + of_other[other.position[row]]] * own.stride, own.width);
-      }
+      for (int64_t j = 0; j < other.rows.items; ++j) add_pair(own, other, i, j, grad);
   });
 }
 

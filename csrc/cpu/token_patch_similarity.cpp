@@ -32,13 +32,16 @@ SimilarityProblem<T> problem_of(
   SimilarityProblem<T> problem{
       RealRows<T>(tokens, token_mask, stride),
       RealRows<T>(patches, patch_mask, stride),
-      {},
+      std::vector<T>(tokens.size(0) * tokens.size(1)),
       static_cast<T>(attention_temperature),
       static_cast<T>(pooling_temperature)};
-  for (int64_t row = 0; row < problem.tokens.rows(); ++row) {
-    const T* w = problem.tokens.item(0) + row * stride;
-    problem.token_square.push_back(portable::similarity::dot(w, w, problem.tokens.width));
-  }
+  const auto& words = problem.tokens;
+  torch::stable::parallel_for(0, words.rows(), grain(words.width), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* w = words.data.get() + row * stride;
+      problem.token_square[row] = portable::similarity::dot(w, w, words.width);
+    }
+  });
   return problem;
 }
 
@@ -66,15 +69,15 @@ std::tuple<Tensor, Tensor> token_patch_similarity_backward(
     const auto problem =
         problem_of<T>(tokens, patches, token_mask, patch_mask, attention_temperature, pooling_temperature);
     const Tensor grad = readable_gradient(grad_output, tokens, patches);
-    std::vector<T> of_tokens(need_tokens ? problem.tokens.rows() * problem.tokens.stride : 0);
-    std::vector<T> of_patches(need_patches ? problem.patches.rows() * problem.patches.stride : 0);
+    const auto of_tokens = zeros<T>(need_tokens ? problem.tokens.rows() * problem.tokens.stride : 0);
+    const auto of_patches = zeros<T>(need_patches ? problem.patches.rows() * problem.patches.stride : 0);
     if (need_tokens || need_patches)
       backward(
-          problem, grad.const_data_ptr<T>(), need_tokens ? of_tokens.data() : nullptr,
-          need_patches ? of_patches.data() : nullptr);
+          problem, grad.const_data_ptr<T>(), need_tokens ? of_tokens.get() : nullptr,
+          need_patches ? of_patches.get() : nullptr);
     return {
-        need_tokens ? problem.tokens.scatter(of_tokens.data(), tokens) : not_needed(tokens),
-        need_patches ? problem.patches.scatter(of_patches.data(), patches) : not_needed(patches)};
+        need_tokens ? problem.tokens.scatter(of_tokens.get(), tokens) : not_needed(tokens),
+        need_patches ? problem.patches.scatter(of_patches.get(), patches) : not_needed(patches)};
   };
   return compute_type(tokens) == ScalarType::Double ? run(double{}, &portable::similarity::backward<double>)
                                                     : run(float{}, MPMA_FASTEST(similarity::backward<float>));

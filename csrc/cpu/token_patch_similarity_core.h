@@ -6,9 +6,6 @@
 
 namespace mpma::MPMA_ISA::similarity {
 
-// Columns that a matrix product sums in registers.
-constexpr int64_t kStep = kTileVectors * MPMA_VECTOR_BYTES / 4;
-
 template <typename T>
 T dot(const T* x, const T* y, int64_t n) {
   Vector<T> sum = {};
@@ -24,10 +21,10 @@ class Pair {
   Pair(const SimilarityProblem<T>& problem, bool backward)
       : problem_(problem), tokens_(problem.tokens), patches_(problem.patches), backward_(backward),
         stride_(row_distance(patches_.largest_count())), most_tokens_(tokens_.largest_count()),
-        transposed_(patches_.width * stride_), gram_(patches_.largest_count() * stride_), hidden_(stride_),
-        scores_(most_tokens_ * stride_), numerator_(most_tokens_ * stride_), b_(most_tokens_ * stride_),
+        transposed_(patches_.width * (stride_ + kPanel<T>)), gram_(patches_.largest_count() * stride_), hidden_(stride_),
+        scores_(most_tokens_ * stride_), a_(most_tokens_ * stride_), b_(most_tokens_ * stride_),
         product_(most_tokens_ * std::max(stride_, patches_.stride)), attended_(most_tokens_ * patches_.stride),
-        inverse_(stride_), column_(stride_), per_token_(kPerToken * padded(most_tokens_)) {}
+        column_(stride_), per_token_(kPerToken * padded(most_tokens_)) {}
 
   int64_t stride() const { return stride_; }
   bool by_gram() const { return by_gram_; }
@@ -40,12 +37,13 @@ class Pair {
     by_gram_ = p_ <= 2 * patches_.width;
     const int64_t columns = padded(p_);
     for (int64_t p = 0; p < columns; ++p) hidden_.get()[p] = p < p_ ? T(0) : -std::numeric_limits<T>::infinity();
-    patches_.transpose(image, transposed_.get(), stride_);
+    patches_.transpose(image, kPanel<T>, transposed_.get());
     if (!by_gram_) return;
-    for (int64_t p = 0; p < p_; p += kStep)
+    for (int64_t p = 0; p < p_; p += kPanel<T>)
       matmul<T>(
-          std::min(p_, p + kStep), std::min(kStep, p_ - p), patches_.width,
-          {v_, patches_.stride, 1, transposed_.get() + p, stride_, gram_.get() + p, stride_}, false);
+          std::min(p_, p + kPanel<T>), std::min(kPanel<T>, p_ - p), patches_.width,
+          {v_, patches_.stride, 1, transposed_.get() + p * patches_.width, kPanel<T>, gram_.get() + p, stride_},
+          false);
     if (backward_) return mirror(gram_.get());
     for (int64_t k = 0; k < p_; ++k) {
       T* row = gram_.get() + k * stride_;
@@ -58,14 +56,13 @@ class Pair {
   T similarity(int64_t report) {
     w_ = tokens_.item(report);
     t_ = tokens_.count(report);
-    times_transposed(w_, t_, scores_.get());
-    softmax_over_tokens();
+    score();
     for (int64_t t = 0; t < t_; ++t) softmax_over_patches(t);
     if (by_gram_) {
-      for (int64_t p = 0; p < p_; p += kStep) {
-        const int64_t depth = backward_ ? p_ : std::min(p_, p + kStep);
+      for (int64_t p = 0; p < p_; p += kPanel<T>) {
+        const int64_t depth = backward_ ? p_ : std::min(p_, p + kPanel<T>);
         matmul<T>(
-            t_, std::min(kStep, p_ - p), depth,
+            t_, std::min(kPanel<T>, p_ - p), depth,
             {b_.get(), stride_, 1, gram_.get() + p, stride_, product_.get() + p, stride_}, false);
       }
     } else {
@@ -86,10 +83,7 @@ class Pair {
   // After similarity(): the gradient of the scores, rows `stride` apart, and for every token what its gradient holds
   // of itself. `grad` is the gradient of the result.
   void backward(int64_t report, T grad, T* grad_scores, T* of_itself) {
-    if (!by_gram_)
-      matmul<T>(
-          t_, p_, patches_.width,
-          {attended_.get(), patches_.stride, 1, transposed_.get(), stride_, product_.get(), stride_}, false);
+    if (!by_gram_) times_transposed(attended_.get(), product_.get());
     std::fill_n(column_.get(), padded(p_), T(0));
     for (int64_t t = 0; t < t_; ++t) {
       const T w2 = token_square(report)[t], c2 = square()[t];
@@ -101,8 +95,6 @@ class Pair {
       twice_grad_square()[t] = of_square;
       through_softmax_over_patches(t, of_inner, of_square);
     }
-    for (int64_t p = 0; p < p_; p += kWidth<T>)
-      store(column_.get() + p, load(column_.get() + p) * load(inverse_.get() + p));
     for (int64_t t = 0; t < t_; ++t) through_softmax_over_tokens(t, grad_scores + t * stride_);
   }
 
@@ -119,9 +111,9 @@ class Pair {
       for (int64_t i = 0; i < columns; i += kWidth<T>)
         store(scaled + t * distance + i, load(factor + t * distance + i) * twice_grad_square()[t]);
     if (by_gram_) {
-      for (int64_t p = 0; p < p_; p += kStep)
+      for (int64_t p = 0; p < p_; p += kPanel<T>)
         matmul<T>(
-            std::min(p_, p + kStep), std::min(kStep, p_ - p), t_,
+            std::min(p_, p + kPanel<T>), std::min(kPanel<T>, p_ - p), t_,
             {b_.get(), 1, stride_, scaled + p, stride_, grad_gram + p, stride_}, true);
     } else {
       matmul<T>(
@@ -140,6 +132,7 @@ class Pair {
 
  private:
   static constexpr T kEpsilon = T(1e-8);
+  static constexpr T kSafeTemperature = T(40);  // e^-40 is far from the smallest normal number
   static constexpr int64_t kPerToken = 6;
 
   static bool clamped(T square) { return square < kEpsilon * kEpsilon; }
@@ -160,54 +153,65 @@ class Pair {
       for (int64_t k = 0; k < p; ++k) matrix[p * stride_ + k] = matrix[k * stride_ + p];
   }
 
-  // rows (n, D) times V^T
-  void times_transposed(const T* rows, int64_t n, T* out) const {
-    matmul<T>(
-        n, p_, patches_.width, {rows, patches_.stride, 1, transposed_.get(), stride_, out, stride_}, false);
+  // rows (T, D) times V^T
+  void times_transposed(const T* rows, T* out) const {
+    matmul_panels<T>(t_, p_, patches_.width, rows, patches_.stride, transposed_.get(), out, stride_);
   }
 
-  // a = numerator * inverse, inverse by column.
-  void softmax_over_tokens() {
-    for (int64_t p = 0; p < p_; p += kWidth<T>) {
-      const T* scores = scores_.get() + p;
-      Vector<T> top = load(scores), sum = {};
-      for (int64_t t = 1; t < t_; ++t) {
-        const Vector<T> x = load(scores + t * stride_);
-        top = x > top ? x : top;
-      }
-      for (int64_t t = 0; t < t_; ++t) {
-        const Vector<T> e = exp_nonpositive(load(scores + t * stride_) - top);
-        store(numerator_.get() + t * stride_ + p, e);
-        sum += e;
-      }
-      store(inverse_.get() + p, T(1) / sum);
+  // The scores, panel by panel, and a, the softmax over the tokens, of each while it is in the first-level cache.
+  void score() {
+    for (int64_t p = 0; p < p_; p += kPanel<T>) {
+      matmul<T>(
+          t_, std::min(kPanel<T>, p_ - p), patches_.width,
+          {w_, patches_.stride, 1, transposed_.get() + p * patches_.width, kPanel<T>, scores_.get() + p, stride_},
+          false);
+      for (int64_t q = p; q < std::min(p + kPanel<T>, padded(p_)); q += kWidth<T>) softmax_over_tokens(q);
     }
   }
 
-  // b, and <w, c> = sum over the patches of b times the scores.
-  void softmax_over_patches(int64_t t) {
-    const T *numerator = numerator_.get() + t * stride_, *scores = scores_.get() + t * stride_;
-    T* b = b_.get() + t * stride_;
-    Vector<T> top = Vector<T>{} - std::numeric_limits<T>::infinity(), sums = {}, product = {};
-    for (int64_t p = 0; p < p_; p += kWidth<T>) {
-      const Vector<T> x =
-          load(numerator + p) * load(inverse_.get() + p) * problem_.attention_temperature + load(hidden_.get() + p);
-      store(b + p, x);
+  void softmax_over_tokens(int64_t p) {
+    const T* scores = scores_.get() + p;
+    T* a = a_.get() + p;
+    Vector<T> top = load(scores), sum = {};
+    for (int64_t t = 1; t < t_; ++t) {
+      const Vector<T> x = load(scores + t * stride_);
       top = x > top ? x : top;
     }
-    top = fold_lanes<T>(top, Larger{});
+    for (int64_t t = 0; t < t_; ++t) {
+      const Vector<T> e = exp_nonpositive(load(scores + t * stride_) - top);
+      store(a + t * stride_, e);
+      sum += e;
+    }
+    const Vector<T> inverse = T(1) / sum;
+    for (int64_t t = 0; t < t_; ++t) store(a + t * stride_, load(a + t * stride_) * inverse);
+  }
+
+  // b, and <w, c> = sum over the patches of b times the scores. a lies in [0, 1], so that a shift by the temperature
+  // does for the largest exponent: none is below minus the temperature's size.
+  void softmax_over_patches(int64_t t) {
+    const T *a = a_.get() + t * stride_, *scores = scores_.get() + t * stride_;
+    T* b = b_.get() + t * stride_;
+    const T temperature = problem_.attention_temperature;
+    const T top = std::abs(temperature) <= kSafeTemperature ? std::max(temperature, T(0)) : largest_exponent(a);
+    Vector<T> sums = {}, product = {};
     for (int64_t p = 0; p < p_; p += kWidth<T>) {
-      const Vector<T> e = exp_nonpositive(load(b + p) - top);
+      const Vector<T> e = exp_nonpositive(load(a + p) * temperature - top + load(hidden_.get() + p));
       store(b + p, e);
       sums += e;
+      product += e * load(scores + p);
     }
-    const Vector<T> inverse = T(1) / fold_lanes<T>(sums, Sum{});
+    const T inverse = T(1) / sum_lanes<T>(sums);
+    for (int64_t p = 0; p < p_; p += kWidth<T>) store(b + p, load(b + p) * inverse);
+    inner()[t] = sum_lanes<T>(product) * inverse;
+  }
+
+  T largest_exponent(const T* a) const {
+    Vector<T> top = Vector<T>{} - std::numeric_limits<T>::infinity();
     for (int64_t p = 0; p < p_; p += kWidth<T>) {
-      const Vector<T> share = load(b + p) * inverse;
-      store(b + p, share);
-      product += share * load(scores + p);
+      const Vector<T> x = load(a + p) * problem_.attention_temperature + load(hidden_.get() + p);
+      top = x > top ? x : top;
     }
-    inner()[t] = sum_lanes<T>(product);
+    return fold_lanes<T>(top, Larger{})[0];
   }
 
   T log_sum_exp() {
@@ -230,14 +234,14 @@ class Pair {
       const Vector<T> of_b = of_inner * load(scores_.get() + row + p) + of_square * load(product_.get() + row + p);
       const Vector<T> e = problem_.attention_temperature * load(b_.get() + row + p) * (of_b - mean);
       store(product_.get() + row + p, e);
-      store(column_.get() + p, load(column_.get() + p) + load(numerator_.get() + row + p) * e);
+      store(column_.get() + p, load(column_.get() + p) + load(a_.get() + row + p) * e);
     }
   }
 
   void through_softmax_over_tokens(int64_t t, T* grad_scores) {
     const int64_t row = t * stride_;
     for (int64_t p = 0; p < p_; p += kWidth<T>) {
-      const Vector<T> a = load(numerator_.get() + row + p) * load(inverse_.get() + p);
+      const Vector<T> a = load(a_.get() + row + p);
       const Vector<T> through_a = a * (load(product_.get() + row + p) - load(column_.get() + p));
       store(grad_scores + p, grad_inner()[t] * load(b_.get() + row + p) + through_a);
     }
@@ -248,8 +252,8 @@ class Pair {
   bool backward_, by_gram_ = true;
   int64_t stride_, most_tokens_, p_ = 0, t_ = 0;
   const T *v_ = nullptr, *w_ = nullptr;
-  cpu::Buffer<T> transposed_, gram_, hidden_, scores_, numerator_, b_, product_, attended_;
-  cpu::Buffer<T> inverse_, column_, per_token_;
+  cpu::Buffer<T> transposed_, gram_, hidden_, scores_, a_, b_, product_, attended_;
+  cpu::Buffer<T> column_, per_token_;
 };
 
 template <typename T>
@@ -338,9 +342,11 @@ void backward(const SimilarityProblem<T>& problem, const T* grad, T* grad_tokens
     }
   }
   if (!grad_tokens) return;
-  for (int64_t row = 0; row < tokens.rows(); ++row)
-    for (int64_t d = 0; d < tokens.width; ++d)
-      grad_tokens[row * tokens.stride + d] += sum_of_itself[row] * tokens.item(0)[row * tokens.stride + d];
+  torch::stable::parallel_for(0, tokens.rows(), cpu::grain(tokens.width), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t d = 0; d < tokens.width; ++d)
+        grad_tokens[row * tokens.stride + d] += sum_of_itself[row] * tokens.data.get()[row * tokens.stride + d];
+  });
 }
 
 }  // namespace mpma::MPMA_ISA::similarity
