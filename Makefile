@@ -9,13 +9,14 @@ RUN := runs/tiny
 PIP_OPTIONS ?=
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_OPTIONS)
 
-.PHONY: help install pretrain bench test lint clean
+.PHONY: help install pretrain bench test fuzz lint clean
 
 help:
 	@echo "make install    make .venv, install the project in it and build the extension"
 	@echo "make pretrain   from nothing to a pretrained, evaluated model on synthetic data"
 	@echo "make bench      measure the operators beside PyTorch's own, about five minutes"
 	@echo "make test       run all tests"
+	@echo "make fuzz       10,000 random calls of every compiled operator, about ten minutes"
 	@echo "make lint       check style and formatting"
 	@echo "make clean      remove the environments and what was built; data and runs stay"
 
@@ -55,6 +56,9 @@ test: install .venv-timm
 .venv-timm: tests/timm_env/make_env.py $(VENV)/.installed
 	$(BIN)/python tests/timm_env/make_env.py $@
 	touch $@
+
+fuzz: install
+	$(BIN)/python -m pytest tests/ext/test_random_operands.py --hypothesis-profile=long $(PYTEST_ARGS)
 
 lint: install
 	$(BIN)/ruff check .

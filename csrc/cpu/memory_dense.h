@@ -121,9 +121,10 @@ class DenseBackward {
 
   static constexpr int64_t kStride = row_distance(kBackwardTile);
 
-  // About 32 tasks in all: a gradient of the query is kept for every task of a head.
+  // About 32 tasks in all, at most 8 a head: each keeps a gradient of the query.
   static int64_t tiles_of_task(const MemoryProblem<T>& m) {
-    const int64_t tiles = (m.slots + kBackwardTile - 1) / kBackwardTile, tasks = std::max<int64_t>(1, 32 / m.heads);
+    const int64_t tiles = (m.slots + kBackwardTile - 1) / kBackwardTile;
+    const int64_t tasks = std::clamp<int64_t>(32 / std::max<int64_t>(1, m.heads), 1, 8);
     return (tiles + tasks - 1) / tasks;
   }
 

@@ -1,5 +1,7 @@
 """Attention to a bank of memory slots shared by the batch: checks, choice of backend, rules."""
 
+import math
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -92,7 +94,7 @@ def memory_attention(
             dropout_p=dropout_p,
             dropout_seed=seed,
         )
-    rows = query.reshape(-1, heads, width)
+    rows = query.reshape(math.prod(query.shape[:-2]), heads, width)
     if chosen == "torch":
         # One attention problem with every row as a query, so that the bank is not expanded.
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (rows, memory_key, memory_value))

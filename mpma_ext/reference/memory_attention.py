@@ -1,5 +1,7 @@
 """Attention to a bank of memory slots that the whole batch shares, over the best slots of a row."""
 
+import math
+
 import torch
 
 from mpma_ext.reference.philox import dropped, memory_dropout_keep, seed_tensor
@@ -36,7 +38,7 @@ def memory_attention(
     dtype = compute_dtype(query)
     slots, heads, width = memory_key.shape
     scale = width**-0.5 if scale is None else scale
-    q = query.reshape(-1, heads, width).to(dtype)
+    q = query.reshape(math.prod(query.shape[:-2]), heads, width).to(dtype)
     k, v = memory_key.to(dtype), memory_value.to(dtype)
     scores = torch.einsum("rhd,nhd->rhn", q, k) * scale
     kept = None

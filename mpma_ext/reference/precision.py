@@ -14,11 +14,12 @@ def outside_autocast(function):
     """Run `function` with autocast off, so that no product inside is narrowed behind its back."""
 
     @functools.wraps(function)
-    def wrapper(first, *args, **kwargs):
-        if not torch.amp.is_autocast_available(first.device.type):
-            return function(first, *args, **kwargs)
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *args, **kwargs)
+    def wrapper(*args, **kwargs):
+        operand = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+        if not torch.amp.is_autocast_available(operand.device.type):
+            return function(*args, **kwargs)
+        with torch.autocast(operand.device.type, enabled=False):
+            return function(*args, **kwargs)
 
     return wrapper
 
