@@ -23,6 +23,7 @@ def test_result_has_the_agreed_names_and_repeats(arguments):
     assert result.n == 20  # every image, also of one study
     assert result.details["labels_left_out"] == ["Pneumonia"]
     assert linear.evaluate(arguments()) == result
+    assert linear.evaluate(arguments(seed=1)).metrics != result.metrics  # other rows are drawn
     # bright corners part the pixels without an error
     assert result.baselines["pixels"]["auroc_100"] == 1
     # an untrained model saved with seed 0 is its own untrained baseline

@@ -2,12 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 
+from mpma_train.evaluate import probe as module
 from mpma_train.evaluate.probe import (
+    DRAWS,
     FRACTIONS,
+    STRENGTHS,
     aurocs,
     binary_targets,
     draw_rows,
+    fit_scores,
     has_both_classes,
     probe,
 )
@@ -105,6 +110,39 @@ def test_probe_finds_signal_and_nothing_else(signal):
         assert (abs(found[100] - chance) < 4 * standard_error(chance, targets)).all()
     again = probe(*splits, seed=0)
     assert all((found[p] == again[p]).all() for p in FRACTIONS)
+
+
+def test_strength_is_chosen_on_validate_and_the_weakest_model_wins_ties(monkeypatch):
+    train, validate, test = (separable(n, n, signal=True) for n in (60, 40, 50))
+
+    def fitted(_, strength, *features):
+        """Perfect on validate with two strengths, of which only the weaker is so on test."""
+        perfect = {"validate": (1e-2, 1e-1), "test": (1e-2,)}
+        signs = [1 if strength in perfect[split] else -1 for split in ("validate", "test")]
+        return [sign * targets for sign, (_, targets) in zip(signs, (validate, test), strict=True)]
+
+    monkeypatch.setattr(module, "fit_scores", fitted)
+    found = probe(train, validate, test, seed=0)
+    assert all((areas == 1).all() for areas in found.values())
+
+
+def test_each_draw_is_fitted_on_its_rows_in_units_of_the_training_images(monkeypatch):
+    train, validate, test = (separable(n, n, signal=True) for n in (600, 40, 50))
+    calls = []
+
+    def spy(train, strength, *features):
+        calls.append((train[0], train[1], *features))
+        return fit_scores(train, strength, *features)
+
+    monkeypatch.setattr(module, "fit_scores", spy)
+    probe(train, validate, test, seed=5)
+    scaled = [(x - train[0].mean(0)) / train[0].std(0) for x, _ in (train, validate, test)]
+    rows = [draw_rows(train[1], p, 5 + d) for p in (1, 10) for d in range(DRAWS)]
+    rows.append(np.arange(600))
+    assert len(calls) == len(rows) * len(STRENGTHS)
+    for call, drawn in zip(calls[:: len(STRENGTHS)], rows, strict=True):
+        expected = (scaled[0][drawn], train[1][drawn], *scaled[1:])
+        torch.testing.assert_close(call, expected)  # float32's tolerance
 
 
 def test_probe_does_not_depend_on_feature_scale():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpma_train.evaluate import reconstruct
-from mpma_train.evaluate.features import load_subject
+from mpma_train.evaluate.features import Subject, load_subject
 from mpma_train.evaluate.held_out import HeldOut, held_out_pairs
 from mpma_train.evaluate.reconstruct import (
     Losses,
@@ -161,6 +161,33 @@ def test_baselines_are_measured_on_what_is_masked_in_every_draw(subject):
         constant.append(np.square(patches - patch.numpy())[masks.masked_patches[0]].mean())
     for found, draws in ((losses.unigram, unigram), (losses.constant, constant)):
         torch.testing.assert_close(np.float32(found[0]), np.float32(np.mean(draws)))
+
+
+def test_report_without_words_has_no_loss(subject):
+    pairs = held_out_pairs(subject.store, "test")
+    subject.store.pairs.loc[subject.store.rows("test")[pairs.items[3]], "report"] = ""
+    losses = measure(subject, subject.untrained(), "test", pairs, np.arange(16), draws=1)
+    for name in ("report", "report_permuted", "report_untrained", "unigram"):
+        np.testing.assert_array_equal(np.flatnonzero(np.isnan(getattr(losses, name))), [3])
+    assert np.isfinite(losses.image).all()
+
+
+def test_large_training_sets_are_sampled_without_repetition(subject, monkeypatch):
+    studies = held_out_pairs(subject.store, "train").items
+    monkeypatch.setattr(reconstruct, "FITTED_STUDIES", len(studies) - 1)
+    given = []
+    batches = Subject.batches
+
+    def spy(self, split, items):
+        given.append((split, items.tolist()))
+        return batches(self, split, items)
+
+    monkeypatch.setattr(Subject, "batches", spy)
+    fit_baselines(subject)
+    ((split, items),) = given
+    assert split == "train"
+    assert len(set(items)) == len(items) == len(studies) - 1
+    assert set(items) < set(studies.tolist())
 
 
 def test_model_trained_on_all_tokens_is_measured_on_masked_ones(tmp_path, arguments, save_model):

@@ -73,6 +73,8 @@ def test_summary_prints_all_tasks_without_labels_and_deviations(tmp_path, capsys
     assert main([str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "chance 0.250" in printed
+    assert "0.400–0.600" in printed
+    assert "retrieval: store · n 3 · seed 0 · duplicate reports 1" in printed
     assert "0.750" in printed
     assert "Edema" not in printed
     assert "_std" not in printed

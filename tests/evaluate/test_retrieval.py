@@ -34,7 +34,10 @@ def test_result_has_the_agreed_names_and_repeats(arguments):
 
 def test_baselines_of_the_small_store_by_hand(arguments):
     result = retrieval.evaluate(arguments())
-    assert result.details["duplicate_reports"] == 2
+    counts = {"duplicate_reports": 2, "finding_sets": 4, "unlabelled": 0}
+    assert (
+        result.details == {"split": "test", "score": "both", "same_findings_queries": 16} | counts
+    )
     # 14 reports stand once, one twice: of 16 pairs two have two hits
     chance = (14 * 1 / 16 + 2 * 2 / 16) / 16
     assert result.baselines["chance"]["i2r_r@1"] == pytest.approx(chance)
@@ -66,6 +69,8 @@ def test_unlabelled_store_leaves_class_metrics_out(arguments, unlabelled_path):
     assert result.metrics["class_p@5"] is None
     assert result.metrics["same_findings_r@1"] is None
     assert result.metrics["i2r_r@1"] is not None
+    assert result.details["unlabelled"] == 16
+    assert result.details["finding_sets"] == result.details["same_findings_queries"] == 0
     # without names the oracle knows nothing
     assert result.baselines["names_oracle"] == result.baselines["chance"]
 
