@@ -180,7 +180,7 @@ def masked_attention_varlen(
     check_cu_seqlens(name, "cu_seqlens_k", cu_seqlens_k, query)
     check_shape(name, "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "(B + 1,)")
     for bound_name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if bound < 0:
+        if not isinstance(bound, (int, torch.SymInt)) or bound < 0:
             raise ValueError(f"{name}: {bound_name} must be an int >= 0, got {bound!r}")
     check_dropout(name, dropout_p, dropout_seed, query)
 
