@@ -52,9 +52,14 @@ class VitImageEncoder(ViTMAEModel):
 class TimmImageEncoder(nn.Module):
     """A timm vision transformer with one [CLS] token, by name, with mpma_ext's attention.
 
+    It starts from timm's own initial values and keeps timm's own positions, one a patch of
+    image_size: for most models a learned table that is trained with the rest, where
+    VitImageEncoder's sines and cosines stay fixed. They are added before patches are dropped, so
+    that a visible patch keeps its place.
+
     Raises:
         ImportError: timm cannot be imported.
-        ValueError: the model is no plain vision transformer, or its width is not hidden_size.
+        ValueError: the model is no plain vision transformer, or a size of it is not the setting's.
     """
 
     def __init__(self, config: MpmaConfig):
@@ -80,13 +85,22 @@ class TimmImageEncoder(nn.Module):
             raise ValueError(
                 f"image_encoder: timm's {name} is no vision transformer with one class token"
             )
-        found = {"hidden_size": vit.embed_dim, "patch_size": vit.patch_embed.patch_size[0]}
-        for setting, value in found.items():
+        try:
+            sizes = _timm_sizes(vit)
+        except AttributeError as error:
+            raise ValueError(
+                f"image_encoder: timm's {name} is not built of plain blocks ({error})"
+            ) from error
+        for setting, value in sizes.items():
             if value != getattr(config, setting):
                 raise ValueError(
                     f"{setting} must be that of timm's {name}, {value}; "
                     f"got {getattr(config, setting)}"
                 )
+        for parameter in vit.parameters():
+            # transformers' generic initial values would replace timm's; on the meta device, where
+            # from_pretrained builds, there are none to keep.
+            parameter._is_hf_initialized = not parameter.is_meta
         self.vit = use_mpma_attention(vit)
 
     def forward(self, pixel_values: Tensor, visible_patches: Tensor | None = None) -> Tensor:
@@ -95,6 +109,19 @@ class TimmImageEncoder(nn.Module):
         if visible_patches is not None:
             states = torch.cat([states[:, :1], take_rows(states[:, 1:], visible_patches)], dim=1)
         return self.vit.norm(self.vit.blocks(self.vit.norm_pre(states)))
+
+
+def _timm_sizes(vit: nn.Module) -> dict[str, int | float]:
+    """The settings of MpmaConfig that a timm vision transformer decides."""
+    block = vit.blocks[0]
+    return {
+        "hidden_size": vit.embed_dim,
+        "patch_size": vit.patch_embed.patch_size[0],
+        "num_hidden_layers": len(vit.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "layer_norm_eps": block.norm1.eps,
+    }
 
 
 def build_image_encoder(config: MpmaConfig) -> nn.Module:

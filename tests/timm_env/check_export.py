@@ -67,10 +67,15 @@ def test_features_are_equal(tmp_path, pooling, eps):
 
 
 def test_encoder_that_is_timms_own(tmp_path, capsys):
-    name = "test_vit"
-    width = timm.create_model(name).embed_dim
-    shape = {"patch_size": 16, "image_size": 32, "hidden_size": width, "num_attention_heads": 2}
-    config = MpmaConfig(image_encoder=f"timm/{name}", **(SMALL | shape))
+    shape = {
+        "patch_size": 16,
+        "image_size": 32,
+        "hidden_size": 64,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 2,
+        "intermediate_size": 192,
+    }
+    config = MpmaConfig(image_encoder="timm/test_vit", **(SMALL | shape))
     model, vit = exported(tmp_path, config)
     pixels = torch.randn(2, 1, 32, 32)
     with torch.no_grad():
