@@ -38,11 +38,12 @@ class MpmaConfig(PreTrainedConfig):
         target_scale: the image to reconstruct has target_scale times the encoder's resolution.
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act,
             layer_norm_eps: as in ViT. hidden_size is also the width of the fusion.
-        image_encoder: "vit", or "timm/<name>" for a vision transformer of timm by its name.
+        image_encoder: "vit", or "timm/<name>" for a vision transformer of timm by its name, whose
+            sizes the settings above must state. It keeps its own activation and positions.
         pooling: what stands for the whole image, the "mean" of the patches or "cls".
     Text encoder:
         text_hidden_size, text_num_hidden_layers, text_num_attention_heads, text_intermediate_size,
-            vocab_size, max_position_embeddings, text_dropout: as in BERT.
+            vocab_size, max_position_embeddings, text_dropout, text_layer_norm_eps: as in BERT.
         text_pooling: what stands for the whole report, "cls" or the "mean" of its tokens, [CLS] and
             [SEP] among them.
         text_initializer_range: deviation of BERT's initial weights; positions start with half of
@@ -109,6 +110,7 @@ class MpmaConfig(PreTrainedConfig):
     text_pooling: Literal["cls", "mean"] = "cls"
     text_initializer_range: float | int = 0.02
     text_dropout: float | int = 0.1
+    text_layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
     unk_token_id: int = 100
     cls_token_id: int = 101
@@ -241,6 +243,7 @@ class MpmaConfig(PreTrainedConfig):
             num_attention_heads=self.text_num_attention_heads,
             intermediate_size=self.text_intermediate_size,
             hidden_act=self.hidden_act,
+            layer_norm_eps=self.text_layer_norm_eps,
             hidden_dropout_prob=self.text_dropout,
             attention_probs_dropout_prob=self.text_dropout,
             max_position_embeddings=self.max_position_embeddings,

@@ -38,6 +38,7 @@ def text_settings(checkpoint: Checkpoint, named: dict[str, Named]) -> dict[str, 
     words = _need(checkpoint, named, "embeddings.word_embeddings.weight")
     positions = _need(checkpoint, named, "embeddings.position_embeddings.weight")
     hidden = _need(checkpoint, named, "encoder.layer.0.intermediate.dense.weight")
+    of_text = _from_config(checkpoint, "num_attention_heads", "layer_norm_eps")
     kind = checkpoint.config.get("model_type", "bert")
     # RoBERTa has the same names, but its positions start at 2 and its tokens are no word pieces.
     if "roberta" in kind or kind == "mpma":
@@ -49,7 +50,7 @@ def text_settings(checkpoint: Checkpoint, named: dict[str, Named]) -> dict[str, 
         "text_intermediate_size": hidden[0],
         "text_num_hidden_layers": _layers(named, "encoder.layer."),
         **_from_config(checkpoint, "hidden_act"),
-        **{f"text_{n}": v for n, v in _from_config(checkpoint, "num_attention_heads").items()},
+        **{f"text_{name}": value for name, value in of_text.items()},
     }
 
 

@@ -93,6 +93,26 @@ def test_tokenizer_comes_along_with_one_word_more(tmp_path, convert):
     assert ids == [[101, 5, WORDS, 102]]
 
 
+def test_eps_of_the_checkpoints_norms_is_kept(tmp_path, convert):
+    """One so large that the states tell it apart."""
+    source = bert(layer_norm_eps=0.5)
+    source.save_pretrained(tmp_path / "bert")
+    model, _ = convert("--text", tmp_path / "bert", **SMALL_IMAGE)
+    assert model.config.text_layer_norm_eps == 0.5
+    ids, mask = reports()
+    with torch.no_grad():
+        expected = source(ids, attention_mask=mask).last_hidden_state
+        got = model.get_text_features(ids, mask).last_hidden_state
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **CLOSE)
+
+
+def test_another_eps_than_the_checkpoints_is_refused(tmp_path, refused):
+    folder = write_plain(tmp_path / "bert")
+    argv = ["convert", "--text", folder, "--out", tmp_path / "out"]
+    told = refused(*argv, **SMALL_IMAGE, text_layer_norm_eps=1e-6)
+    assert "text_layer_norm_eps is 1e-06, the checkpoint's 1e-12" in told
+
+
 def test_fewer_positions(tmp_path, convert):
     model, printed = convert(
         "--text", write_plain(tmp_path / "bert"), max_position_embeddings=16, **SMALL_IMAGE

@@ -31,6 +31,7 @@ def source(tmp_path_factory):
         patch_size=4,
         max_position_embeddings=24,
         layer_norm_eps=1e-5,
+        text_layer_norm_eps=1e-3,
         **SMALL,
         **text,
         **SMALL_MODEL,
