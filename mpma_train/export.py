@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, BertModel, ViTConfig, ViTModel
 
 from mpma_train.models import MpmaConfig, MpmaForPreTraining
 from mpma_train.weights.files import read_normalisation, require_empty
+from mpma_train.weights.load import load_model
 from mpma_train.weights.names import timm_names
 
 # With every size named, any entry of timm's plain family serves.
@@ -39,12 +40,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         FileNotFoundError: there is no model.
         FileExistsError: the output directory holds something.
-        ValueError: the model has an encoder that the other library has no name for.
+        ValueError: the directory holds no MPMA model or weights that do not fit it, or the model
+            has an encoder that the other library has no name for.
     """
-    if not (args.model / "config.json").is_file():
-        raise FileNotFoundError(f"model: expected a directory with config.json, got {args.model}")
     require_empty(args.out)
-    model = MpmaForPreTraining.from_pretrained(args.model).eval()
+    model = load_model(args.model)
     print(_WRITERS[args.to](model, args.model, args.out))
     return 0
 

@@ -22,6 +22,7 @@ from mpma_train.settings import (
     save_settings,
 )
 from mpma_train.trainer import MpmaTrainer
+from mpma_train.weights.load import check_directory, load_model
 from mpma_train.weights.vocabulary import token_settings
 
 
@@ -95,8 +96,8 @@ def build_model(settings: Settings, store: Store) -> tuple[MpmaForPreTraining, M
 
     Raises:
         FileNotFoundError: there is no such model.
-        ValueError: a setting of the model is wrong, the named model has another vocabulary, or the
-            store's images have another size.
+        ValueError: a setting of the model is wrong, the named model has another vocabulary or
+            weights that do not fit the settings, or the store's images have another size.
     """
     tokenizer = store.tokenizer()
     token_ids = token_settings(tokenizer)
@@ -104,8 +105,7 @@ def build_model(settings: Settings, store: Store) -> tuple[MpmaForPreTraining, M
     if start is None:
         config = MpmaConfig(**settings.model, **token_ids)
     else:
-        if not Path(start).is_dir():
-            raise FileNotFoundError(f"model_name_or_path: no such directory: {start}")
+        check_directory(start, setting="model_name_or_path")
         config = MpmaConfig.from_pretrained(start, **settings.model)
         differing = [name for name, value in token_ids.items() if getattr(config, name) != value]
         if differing:
@@ -127,7 +127,7 @@ def build_model(settings: Settings, store: Store) -> tuple[MpmaForPreTraining, M
     if start is None:
         model = MpmaForPreTraining(config)
     else:
-        model = MpmaForPreTraining.from_pretrained(start, config=config)
+        model = load_model(start, config, setting="model_name_or_path")
     processor = MpmaProcessor.from_store(store, config)
     # Evaluations cut reports where training did.
     processor.tokenizer.model_max_length = settings.data.max_length

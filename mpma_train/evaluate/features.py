@@ -1,9 +1,7 @@
 """What every evaluation starts from: a model, a store that fits it, and batches of its pairs."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +11,7 @@ from mpma_train.data.collator import PairCollator
 from mpma_train.data.dataset import PairDataset
 from mpma_train.data.store import Store
 from mpma_train.models import MpmaConfig, MpmaForPreTraining, MpmaProcessor
+from mpma_train.weights.load import load_model
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def load_subject(model: str, data: str, *, batch_size: int, seed: int) -> Subjec
 
     Raises:
         FileNotFoundError: a directory is missing.
-        ValueError: the directory holds no MPMA model or one with missing weights, the store's
+        ValueError: the directory holds no MPMA model or weights that do not fit it, the store's
             images have another size, or the batch size is below 1.
     """
     if batch_size < 1:
@@ -82,37 +81,6 @@ def load_subject(model: str, data: str, *, batch_size: int, seed: int) -> Subjec
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = MpmaProcessor.from_pretrained(model)
     return Subject(loaded.to(device), processor, store, batch_size, seed)
-
-
-def load_model(path: str) -> MpmaForPreTraining:
-    """The model of a directory, in evaluation mode.
-
-    Raises:
-        FileNotFoundError: there is no such directory.
-        ValueError: it holds no MPMA model, or the weights do not fill it.
-    """
-    if not Path(path).is_dir():
-        raise FileNotFoundError(f"model: no such directory: {path}")
-    kind = _model_type(Path(path, "config.json"))
-    if kind != MpmaConfig.model_type:
-        raise ValueError(f"model: expected an MPMA model in {path}, its config.json {kind}")
-    model, report = MpmaForPreTraining.from_pretrained(path, output_loading_info=True)
-    absent = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
-    if absent:
-        raise ValueError(f"model: {path} lacks fitting weights for {', '.join(absent)}")
-    return model.eval()
-
-
-def _model_type(config: Path) -> str:
-    """The model type of a config.json, or what is wrong with the file."""
-    if not config.is_file():
-        return "is missing"
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        return f"is no JSON file ({error})"
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    return kind if kind == MpmaConfig.model_type else f"has model_type {kind!r}"
 
 
 @torch.no_grad()

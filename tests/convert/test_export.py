@@ -134,9 +134,12 @@ def test_nothing_is_overwritten(tmp_path, source, refused):
 
 def test_bad_models_are_refused(tmp_path, source, refused):
     told = refused("export", "--to", "timm", "--model", tmp_path / "no", "--out", tmp_path / "out")
-    assert "model: expected a directory with config.json" in told
+    assert "model: no such directory" in told
     folder = shutil.copytree(source[0], tmp_path / "relu")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
     told = refused("export", "--to", "timm", "--model", folder, "--out", tmp_path / "out")
     assert "expected hidden_act gelu, got 'relu'" in told
+    (folder / "config.json").write_text(json.dumps(config | {"memory_slots": 9}))
+    told = refused("export", "--to", "timm", "--model", folder, "--out", tmp_path / "out")
+    assert "another size model.fusion.memory.memory (8, 32) for (9, 32)" in told

@@ -243,6 +243,17 @@ def test_a_model_with_another_tokenizer(finished, pretrain_argv, tmp_path, capsy
     assert "has another tokenizer than" in error_of(argv, capsys)
 
 
+def test_a_model_of_another_size_or_kind(finished, pretrain_argv, tmp_path, capsys):
+    start = ["--model_name_or_path", str(finished), "--memory_slots", "8"]
+    message = error_of(pretrain_argv(*start), capsys)
+    assert f"model_name_or_path: {finished} has weights of another size" in message
+    assert "model.fusion.memory.memory (16, 32) for (8, 32)" in message
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    message = error_of(pretrain_argv("--model_name_or_path", str(tmp_path / "bert")), capsys)
+    assert "model_name_or_path: expected an MPMA model" in message and "'bert'" in message
+
+
 def test_a_finished_run_is_not_overwritten_unasked(finished, pretrain_argv, capsys):
     before = json.loads((finished / "checkpoint-6" / "trainer_state.json").read_text())
     argv = pretrain_argv(out=finished)
