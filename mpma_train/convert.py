@@ -14,13 +14,9 @@ from transformers import PreTrainedTokenizerFast, set_seed
 from mpma_train.data.store import Store
 from mpma_train.models import MpmaConfig, MpmaForPreTraining, MpmaProcessor
 from mpma_train.models.processing_mpma import MpmaImageProcessor
+from mpma_train.output_paths import require_empty
 from mpma_train.settings import parse_settings
-from mpma_train.weights.files import (
-    Checkpoint,
-    Normalisation,
-    read_checkpoint,
-    require_empty,
-)
+from mpma_train.weights.files import Checkpoint, Normalisation, read_checkpoint
 from mpma_train.weights.fit import (
     Change,
     FitReport,
@@ -103,12 +99,12 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         FileNotFoundError: a path that is not there.
-        FileExistsError: the output directory holds something.
+        OSError: the output directory holds something, or nothing can be written there.
         ValueError: a checkpoint that cannot be read or does not fit, or nothing to convert.
     """
     if args.image is None and args.text is None:
         raise ValueError("convert: expected --image PATH, --text PATH or both, got neither")
-    require_empty(args.out)
+    require_empty("out", args.out)
     image = _open(args.image, image_names, image_settings)
     text = _open(args.text, text_names, text_settings)
     store = Store(args.data) if args.data else None

@@ -8,6 +8,7 @@ import torch
 
 from mpma_train.data.names import SPLITS
 from mpma_train.evaluate.features import load_subject
+from mpma_train.output_paths import require_writable_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.out.suffix != ".npz":
         raise ValueError(f"out: expected a file name that ends in .npz, got {args.out}")
+    require_writable_file("out", args.out)
     subject = load_subject(args.model, args.data, batch_size=args.batch_size, seed=0)
     columns: dict[str, list[np.ndarray]] = {}
     for batch in subject.batches(args.split):

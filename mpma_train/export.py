@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, BertModel, ViTConfig, ViTModel
 
 from mpma_train.models import MpmaConfig, MpmaForPreTraining
-from mpma_train.weights.files import read_normalisation, require_empty
+from mpma_train.output_paths import require_empty
+from mpma_train.weights.files import read_normalisation
 from mpma_train.weights.load import load_model
 from mpma_train.weights.names import timm_names
 
@@ -39,11 +40,11 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         FileNotFoundError: there is no model.
-        FileExistsError: the output directory holds something.
+        OSError: the output directory holds something, or nothing can be written there.
         ValueError: the directory holds no MPMA model or weights that do not fit it, or the model
             has an encoder that the other library has no name for.
     """
-    require_empty(args.out)
+    require_empty("out", args.out)
     model = load_model(args.model)
     print(_WRITERS[args.to](model, args.model, args.out))
     return 0

@@ -1,7 +1,6 @@
 """`mpma pretrain`: from settings and a prepared store to a model directory."""
 
 import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from mpma_train.data.dataset import PairDataset
 from mpma_train.data.store import Store
 from mpma_train.model_card import write_model_card
 from mpma_train.models import MpmaConfig, MpmaForPreTraining, MpmaProcessor
+from mpma_train.output_paths import require_writable_directory
 from mpma_train.settings import (
     MpmaTrainingArguments,
     Settings,
@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
     # Bars of a second for each saved file would cut through the log.
     disable_progress_bar()
     settings = parse_settings(argv)
-    output_dir = _writable_directory(settings.training.get("output_dir"))
+    output_dir = _output_directory(settings.training.get("output_dir"))
     if settings.data.data is None:
         raise ValueError("data: expected the directory of a prepared store (--data DIR), got none")
     store = Store(settings.data.data)
@@ -159,17 +159,13 @@ def _dataset(
     return dataset
 
 
-def _writable_directory(path: str | None) -> Path:
-    """Make the output directory and prove that it takes files, before an hour of training."""
+def _output_directory(path: str | None) -> Path:
+    """Make it, once it is known to take files."""
     if path is None:
         raise ValueError("output_dir: expected a directory to write the run to, got none")
     directory = Path(path).expanduser()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise type(error)(f"output_dir: cannot write to {path}: {error.strerror}") from None
+    require_writable_directory("output_dir", directory)
+    directory.mkdir(parents=True, exist_ok=True)
     return directory
 
 

@@ -6,6 +6,9 @@ written beside the model.
 
 import argparse
 import importlib
+from pathlib import Path
+
+from mpma_train.output_paths import require_writable_file
 
 TASKS = {
     "retrieval": "find the report of an image and the image of a report",
@@ -38,6 +41,10 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table, write the JSON file; returns the exit status."""
     from rich.console import Console
 
+    from mpma_train.evaluate.results import result_path
+
+    if Path(args.model).is_dir():
+        require_writable_file("model", result_path(args.model, args.task))
     task = importlib.import_module(f"mpma_train.evaluate.{args.task}")
     result = task.evaluate(args)
     path = result.save()

@@ -41,7 +41,7 @@ class Result:
         Raises:
             ValueError: a value is NaN or infinite, which JSON cannot hold.
         """
-        path = Path(self.model) / "eval" / f"{self.task}.json"
+        path = result_path(self.model, self.task)
         try:
             text = json.dumps(asdict(self), indent=2, allow_nan=False)
         except ValueError as error:
@@ -86,6 +86,11 @@ class Result:
         """Size, seed and details in one line."""
         details = "".join(f" · {key} {format_detail(value)}" for key, value in self.details.items())
         return f"{self.data} · n {self.n} · seed {self.seed}{details}"
+
+
+def result_path(model: str, task: str) -> Path:
+    """Where the result of an evaluation of a model directory lies."""
+    return Path(model) / "eval" / f"{task}.json"
 
 
 def format_number(value: float | None) -> str:

@@ -78,16 +78,6 @@ def read_normalisation(folder: Path) -> Normalisation | None:
     return Normalisation(mean, std)
 
 
-def require_empty(path: Path) -> None:
-    """Nothing is ever overwritten.
-
-    Raises:
-        FileExistsError: the path is a file, or a directory that holds something.
-    """
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise FileExistsError(f"out: {path} exists and is not an empty directory")
-
-
 def _weight_files(folder: Path) -> list[Path]:
     for name in _WEIGHTS:
         index = folder / f"{name}.index.json"

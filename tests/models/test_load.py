@@ -68,5 +68,5 @@ def test_weights_that_do_not_fit_the_settings(folder):
 def test_a_damaged_file_is_no_traceback(folder):
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
-    with pytest.raises(ValueError, match="model: weights in .* are not readable"):
+    with pytest.raises(ValueError, match=r"model: weights in .* are not readable"):
         load_model(folder)
