@@ -69,6 +69,11 @@ def run(argv: Sequence[str]) -> int:
         processing_class=processor,
         text_learning_rate=settings.data.text_learning_rate,
     )
+    if args.fsdp and not trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"fsdp: accelerate shards on accelerators only and would leave it out in silence on "
+            f"{args.device.type}; leave it out for plain data parallelism"
+        )
     if trainer.is_world_process_zero():
         if checkpoint is None:
             remove_run(output_dir)
