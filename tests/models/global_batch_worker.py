@@ -11,13 +11,11 @@ import torch.distributed as dist
 from small_model import NO_DROPOUT, build, make_batch
 from torch.nn.parallel import DistributedDataParallel
 
-# Settings, dtype, and the largest relative difference: what was asked for is 1e-6. float64 leaves
-# rounding far below it; in float32 the sums over the batch, split in two, differ in the last digit.
 CASES = [
-    ({}, torch.float64, 1e-9),
-    ({"local_alignment": "max", "alignment_view": "full"}, torch.float64, 1e-9),
-    ({"mlm_loss_on": "all", "fusion": "gap_add", "false_negatives": "none"}, torch.float64, 1e-9),
-    ({}, torch.float32, 1e-6),
+    ({}, torch.float64),
+    ({"local_alignment": "max", "alignment_view": "full"}, torch.float64),
+    ({"mlm_loss_on": "all", "fusion": "gap_add", "false_negatives": "none"}, torch.float64),
+    ({}, torch.float32),
 ]
 LENGTHS = (9, 14, 5, 11, 6, 20, 3, 8)
 
@@ -74,7 +72,7 @@ def main():
         rank=rank,
         world_size=world,
     )
-    found = [shared_step(settings, dtype, rank, world) for settings, dtype, _ in CASES]
+    found = [shared_step(settings, dtype, rank, world) for settings, dtype in CASES]
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
     # Neither may leave while the other still uses their connection.

@@ -12,6 +12,8 @@ from small_model import NO_DROPOUT, build
 
 from mpma_train.models import distributed
 
+# What is required of the losses and of the gradient as a whole.
+BOUND = 1e-6
 WORKER = Path(__file__).with_name("global_batch_worker.py")
 
 
@@ -41,21 +43,23 @@ def relative_difference(found, expected):
 
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_two_processes_equal_one(case, found):
-    settings, dtype, bound = CASES[case]
+    settings, dtype = CASES[case]
     model = build(**(NO_DROPOUT | settings)).to(dtype)
     losses, gradients = step(model, global_batch(dtype))
     of_two = found[case]
     assert losses.keys() == of_two["losses"].keys() and len(losses) == 5
     for name, loss in losses.items():
-        assert relative_difference(of_two["losses"][name], loss) < bound, name
+        assert relative_difference(of_two["losses"][name], loss) < BOUND, name
     assert gradients.keys() == of_two["gradients"].keys()
     pairs = [(of_two["gradients"][name], gradient) for name, gradient in gradients.items()]
     both = [torch.cat([g.flatten() for g in side]) for side in zip(*pairs, strict=True)]
-    assert relative_difference(*both) < bound
-    for name, (double, single) in zip(gradients, pairs, strict=True):
-        # A key's bias moves all scores of a query alike: its gradient is nothing but rounding.
-        if not name.endswith(("key.bias", "k_proj.bias")):
-            assert relative_difference(double, single) < 1e3 * bound, name
+    assert relative_difference(*both) < BOUND
+    if dtype == torch.float64:
+        # Each by itself too, also the small ones, which in float32 hold more rounding than that.
+        for name, (double, single) in zip(gradients, pairs, strict=True):
+            # A key's bias moves all scores of a query alike: its gradient is rounding alone.
+            if not name.endswith(("key.bias", "k_proj.bias")):
+                assert relative_difference(double, single) < BOUND, name
 
 
 def test_ranks_with_batches_of_different_sizes_are_refused(monkeypatch):

@@ -49,6 +49,22 @@ def test_single_vectors_and_temperature():
     assert model.image_decoder.mask_token.std().item() == pytest.approx(0.02, rel=0.6)
     assert model.image_decoder.mask_token.any()
     assert model.model.image_encoder.embeddings.cls_token.any()
+
+
+@pytest.fixture
+def poisoned():
+    """New memory holds NaN, where it may hold zeros by chance."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("fusion", ["memory", "kv_concat", "cross_attention", "gap_add"])
+def test_every_parameter_gets_a_value(poisoned, fusion):
+    model = build(fusion=fusion)
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter).all(), name
     assert not model.report_head.bias.any()
 
 

@@ -1,10 +1,11 @@
 import json
 import shutil
-import time
+import types
 
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from train_runs import read_metrics, write_store
 
@@ -52,26 +53,29 @@ def test_every_line_of_the_log_is_complete(finished):
 
 
 def test_evaluation_counts_neither_for_nor_against_throughput(pretrain_argv, tmp_path, monkeypatch):
-    """Steps of at least 0.2 s with 16 pairs; an evaluation of 3 s falls between two of a line."""
-    step, evaluation = trainer.MpmaTrainer.training_step, trainer.MpmaTrainer.prediction_step
+    """By a clock that goes on by 1 s a fetch, 2 s a step and 100 s an evaluation."""
+    clock = types.SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
 
-    def slow_step(*args, **kwargs):
-        time.sleep(0.2)
-        return step(*args, **kwargs)
+    def slow(owner, name, seconds):
+        original = getattr(owner, name)
 
-    def slow_evaluation(*args, **kwargs):
-        time.sleep(3)
-        return evaluation(*args, **kwargs)
+        def method(*args, **kwargs):
+            clock.now += seconds
+            return original(*args, **kwargs)
 
-    monkeypatch.setattr(trainer.MpmaTrainer, "training_step", slow_step)
-    monkeypatch.setattr(trainer.MpmaTrainer, "prediction_step", slow_evaluation)
+        monkeypatch.setattr(owner, name, method)
+
+    monkeypatch.setattr(trainer, "time", clock)
+    slow(transformers.Trainer, "get_batch_samples", 1)
+    slow(trainer.MpmaTrainer, "training_step", 2)
+    slow(trainer.MpmaTrainer, "prediction_step", 100)
     argv = pretrain_argv("--max_steps", "3", "--logging_steps", "3", "--save_steps", "3")
     assert cli.main(["pretrain", *argv, "--eval_strategy", "steps", "--eval_steps", "2"]) == 0
     (line,) = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
-    assert line["step"] == 3
-    # Without the evaluation 48 pairs take 0.6 s and what the steps cost, with it 3 s more.
-    assert 48 / 3 < line["pairs_per_second"] <= 48 / 0.6
-    assert line["data_wait"] <= 1
+    # Three fetches and steps of 16 pairs. Of the evaluations, after steps 2 and 3, the first one
+    # falls into the line's interval.
+    assert clock.now == 3 * (1 + 2) + 2 * 100 and line["step"] == 3
+    assert line["pairs_per_second"] == 48 / 9 and line["data_wait"] == 3 / 9
 
 
 def test_validation_is_logged_by_its_parts(finished):

@@ -28,11 +28,14 @@ def test_killed_twice_and_resumed_exactly(uninterrupted, pretrain_argv, tmp_path
     run = tmp_path / "run"
     argv = pretrain_argv(*STEPS, "--dataloader_num_workers", str(workers))
     resume = [*argv, "--resume_from_checkpoint", "true"]
-    # Step 7 was logged nowhere but in memory of the killed run; step 6 is its last checkpoint.
-    assert pretrain_in_child(argv, kill_after_step=7) == -signal.SIGKILL
+    # In mid-epoch: step 7 was not logged yet, and step 6 is the last checkpoint.
+    assert pretrain_in_child(argv, kill_at=("on_step_end", 7)) == -signal.SIGKILL
     assert read_metrics(run)[-1]["step"] == 6
-    assert pretrain_in_child(resume, kill_after_step=9) == -signal.SIGKILL
+    # At the second epoch's end, with the checkpoint of its last step written.
+    assert pretrain_in_child(resume, kill_at=("on_epoch_end", 8)) == -signal.SIGKILL
     assert read_metrics(run)[-1]["step"] == 8
+    state = json.loads((run / "checkpoint-8" / "trainer_state.json").read_text())
+    assert state["epoch"] == 2.0 and not (run / "checkpoint-10").exists()
     assert pretrain_in_child(resume) == 0
     expected = without_clock(read_metrics(uninterrupted))
     assert [line["step"] for line in expected] == list(range(1, 13))
@@ -43,7 +46,7 @@ def test_killed_twice_and_resumed_exactly(uninterrupted, pretrain_argv, tmp_path
 
 def test_lines_after_the_resumed_step_are_dropped(uninterrupted, pretrain_argv, tmp_path):
     run = tmp_path / "run"
-    assert pretrain_in_child(pretrain_argv(*STEPS), kill_after_step=8) == -signal.SIGKILL
+    assert pretrain_in_child(pretrain_argv(*STEPS), kill_at=("on_step_end", 8)) == -signal.SIGKILL
     (run / "metrics.jsonl").open("a").write('{"step": 7, "loss": 99}\n{"step": 8, "lo')
     # What a kill while writing leaves: the newest checkpoint lacks its last file.
     (run / "checkpoint-6" / "trainer_state.json").write_text('{"epoch": 1.')

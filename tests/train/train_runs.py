@@ -95,18 +95,21 @@ def read_metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def pretrain_in_child(argv, kill_after_step=None):
-    """Run `mpma pretrain` in a fresh process, which may kill itself; returns its exit code."""
+def pretrain_in_child(argv, kill_at=None):
+    """Run `mpma pretrain` in a fresh process; returns its exit code.
+
+    `kill_at`, an event of transformers' callbacks and a step, is where it kills itself.
+    """
     # A forkserver imports torch and transformers once for all runs, and nothing of this process.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mpma_train.pretrain"])
-    child = context.Process(target=_pretrain, args=(argv, kill_after_step))
+    child = context.Process(target=_pretrain, args=(argv, kill_at))
     child.start()
     child.join()
     return child.exitcode
 
 
-def _pretrain(argv, kill_after_step):
+def _pretrain(argv, kill_at):
     from transformers import TrainerCallback
 
     from mpma_train import cli, pretrain
@@ -118,7 +121,11 @@ def _pretrain(argv, kill_after_step):
 
     class Kill(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == kill_after_step:
+            if ("on_step_end", state.global_step) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            if ("on_epoch_end", state.global_step) == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     class Killed(MpmaTrainer):
