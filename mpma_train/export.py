@@ -8,6 +8,7 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, BertModel, ViTConfig, ViTModel
 
+from mpma_train.model_card import write_export_card
 from mpma_train.models import MpmaConfig, MpmaForPreTraining
 from mpma_train.output_paths import require_empty
 from mpma_train.weights.files import read_normalisation
@@ -17,6 +18,25 @@ from mpma_train.weights.names import timm_names
 # With every size named, any entry of timm's plain family serves.
 _TIMM_MODEL = "vit_base_patch16_224"
 _TIMM_EPS = 1e-6
+_TIMM_CODE = """\
+import json
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file
+
+folder = Path("DIR")
+recipe = json.loads((folder / "timm.json").read_text())
+model = timm.create_model(recipe["model"], **recipe["kwargs"])
+model.load_state_dict(load_file(folder / "model.safetensors"))
+for module in model.modules():
+    if isinstance(module, torch.nn.LayerNorm):
+        module.eps = recipe.get("layer_norm_eps", module.eps)"""
+_TRANSFORMERS_CODE = """\
+from transformers import {0}
+
+model = {0}.from_pretrained("DIR", add_pooling_layer=False)"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +106,7 @@ def _write_vit(model: MpmaForPreTraining, source: Path, out: Path) -> str:
             "image_std": normalisation.std,
         }
         _write_json(out / "preprocessor_config.json", preprocessing)
+    _write_image_card(config, source, out, "transformers", _TRANSFORMERS_CODE.format("ViTModel"))
     return (
         f"{out}: ViTModel.from_pretrained({str(out)!r}, add_pooling_layer=False) gives the states "
         f"of the image encoder; pooling here is {_pooling(config)}"
@@ -120,6 +141,7 @@ def _write_timm(model: MpmaForPreTraining, source: Path, out: Path) -> str:
     out.mkdir(parents=True, exist_ok=True)
     save_file({n: t.contiguous() for n, t in state.items()}, out / "model.safetensors")
     _write_json(out / "timm.json", recipe)
+    _write_image_card(config, source, out, "timm", _TIMM_CODE)
     return (
         f"{out}: model.safetensors for timm.create_model(recipe['model'], **recipe['kwargs']) with "
         f"the recipe in timm.json; pooling is {_pooling(config)}"
@@ -132,11 +154,30 @@ def _write_bert(model: MpmaForPreTraining, source: Path, out: Path) -> str:
     bert.save_pretrained(out)
     if (source / "tokenizer.json").is_file():
         AutoTokenizer.from_pretrained(source).save_pretrained(out)
-    whole = "the mean of the tokens" if model.config.text_pooling == "mean" else "[CLS]"
+    mean = model.config.text_pooling == "mean"
+    whole = "the mean of the tokens, [CLS] and [SEP] among them" if mean else "[CLS]"
+    length = model.config.max_position_embeddings
+    facts = {
+        "Input": f"ids of at most {length} tokens, of the tokenizer that MPMA was trained with",
+        "Pooling": f"{whole}, of the last states",
+    }
+    code = _TRANSFORMERS_CODE.format("BertModel")
+    write_export_card(out, source, library="transformers", encoder="text", facts=facts, code=code)
     return (
         f"{out}: BertModel.from_pretrained({str(out)!r}, add_pooling_layer=False) gives the states "
         f"of the text encoder; pooling here is {whole}"
     )
+
+
+def _write_image_card(config: MpmaConfig, source: Path, out: Path, library: str, code: str) -> None:
+    shape = f"(B, {config.num_channels}, {config.image_size}, {config.image_size})"
+    known = read_normalisation(source)
+    scaled = f"of mean {known.mean} and deviation {known.std}" if known else "unknown here"
+    facts = {
+        "Input": f"{shape}, values in [0, 1] normalised; the normalisation is {scaled}",
+        "Pooling": f"{_pooling(config)}, after the last norm",
+    }
+    write_export_card(out, source, library=library, encoder="image", facts=facts, code=code)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

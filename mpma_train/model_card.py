@@ -1,9 +1,18 @@
-"""The README.md that a trained model carries with it."""
+"""The README.md that a trained model, or an encoder exported from one, carries with it."""
 
 from pathlib import Path
 
 from mpma_train.data.store import Store
 from mpma_train.settings import Settings
+
+_LIMITS = """\
+## Limits
+
+For research. Not a medical device, not for diagnosis, not evaluated for any patient group.
+
+The tokenizer of this model may have been trained on the reports, and weights can hold what they
+were trained on. A tokenizer or weights trained on credentialed data such as MIMIC-CXR must not be
+shared beyond what its data-use agreement allows."""
 
 _CARD = """\
 ---
@@ -36,13 +45,28 @@ model = MpmaForPreTraining.from_pretrained("DIR")
 processor = MpmaProcessor.from_pretrained("DIR")
 ```
 
-## Limits
+{limits}{licence}
+"""
 
-For research. Not a medical device, not for diagnosis, not evaluated for any patient group.
+_EXPORT_CARD = """\
+---
+library_name: {library}
+tags: [medical, radiology]
+---
 
-The tokenizer of this model may have been trained on the reports, and weights can hold what they
-were trained on. A tokenizer or weights trained on credentialed data such as MIMIC-CXR must not be
-shared beyond what its data-use agreement allows.{licence}
+# The {encoder} encoder of an MPMA model
+
+Written by `mpma export` from `{source}`, for plain {library}.
+
+| | |
+|---|---|
+{rows}
+
+```python
+{code}
+```
+
+{limits}
 """
 
 
@@ -60,7 +84,27 @@ def write_model_card(
         initial=f"`{start}`" if start else "random",
         steps=steps,
         seed=seed,
+        limits=_LIMITS,
         control="trained on shuffled pairs" if settings.data.shuffle_pairs else "no",
         licence=f"\nThe initial weights' own licence applies too: see `{start}`." if start else "",
     )
     (output_dir / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_export_card(
+    out: Path, source: Path, *, library: str, encoder: str, facts: dict[str, str], code: str
+) -> None:
+    """Write `README.md` beside an exported encoder: what it takes, how it pools, its limits.
+
+    Args:
+        out: the exported directory.
+        source: the model's.
+        library: what reads it.
+        encoder: "image" or "text".
+        facts: rows of its table, such as how MPMA pools its states.
+        code: how to read it.
+    """
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    names = {"library": library, "encoder": encoder, "source": source, "code": code}
+    card = _EXPORT_CARD.format(rows=rows, limits=_LIMITS, **names)
+    (out / "README.md").write_text(card, encoding="utf-8")

@@ -124,6 +124,53 @@ def test_timm_state_has_its_names_and_fused_weights(tmp_path, source):
     assert np.isclose(json.loads((tmp_path / "timm/timm.json").read_text())["image_mean"], 0.4)
 
 
+@pytest.mark.parametrize(
+    ("target", "facts"),
+    [
+        ("transformers-vit", ["(B, 1, 16, 16)", "mean (0.4,) and deviation (0.2,)", "patches"]),
+        ("timm", ["(B, 1, 16, 16)", "mean (0.4,) and deviation (0.2,)", "patches", "timm.json"]),
+        ("transformers-bert", ["at most 24 tokens", "[CLS], of the last states"]),
+    ],
+)
+def test_card_says_what_goes_in_how_to_pool_and_what_is_not_allowed(
+    tmp_path, source, target, facts
+):
+    folder, _ = source
+    export(target, folder, tmp_path / "out")
+    card = " ".join((tmp_path / "out/README.md").read_text().split())
+    assert all(fact in card for fact in [*facts, str(folder), "not for diagnosis"])
+    assert "credentialed data such as MIMIC-CXR must not be shared" in card
+
+
+@pytest.mark.parametrize(
+    ("target", "pooled"),
+    [
+        ("transformers-vit", "the class token, after the last norm"),
+        ("transformers-bert", "the mean of the tokens, [CLS] and [SEP] among them"),
+    ],
+)
+def test_card_of_a_model_that_pools_otherwise_and_names_no_normalisation(
+    tmp_path, source, target, pooled
+):
+    config = MpmaConfig.from_pretrained(source[0], pooling="cls", text_pooling="mean")
+    MpmaForPreTraining(config).save_pretrained(tmp_path / "mpma")
+    export(target, tmp_path / "mpma", tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert pooled in card
+    assert ("the normalisation is unknown here" in card) == (target == "transformers-vit")
+
+
+@pytest.mark.parametrize("target", ["transformers-vit", "transformers-bert"])
+def test_code_of_the_card_reads_the_export(tmp_path, source, target):
+    export(target, source[0], tmp_path / "out")
+    code = (tmp_path / "out/README.md").read_text().split("```")[1].removeprefix("python")
+    names = {}
+    exec(code.replace('"DIR"', repr(str(tmp_path / "out"))), names)
+    expected = load_file(tmp_path / "out/model.safetensors")
+    state = names["model"].state_dict()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
 def test_nothing_is_overwritten(tmp_path, source, refused):
     folder, _ = source
     (tmp_path / "mine.txt").write_text("kept")
