@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks.baselines.compiled import missing_compiler
+from benchmarks.flops import Work
 from benchmarks.machine import describe, gemm_gflops, slug
 from benchmarks.peak_memory import peak_extra_bytes
 from benchmarks.sets import SETS
@@ -93,7 +94,7 @@ def contest(
 ) -> Callable[..., None]:
     """Time ours against the baseline in turn, and keep what came out as one row of results.
 
-    `flops` is the work that the result needs, or None where that means nothing.
+    `work` counts operations; None where that means nothing.
     """
     if case.baseline == "compiled":
         reason = missing_compiler()
@@ -101,18 +102,20 @@ def contest(
             pytest.skip(reason)
         torch.compiler.reset()  # a graph a shape, and dynamo keeps a few only
 
-    def run(ours: Callable[[], object], baseline: Callable[[], object], flops: int | None = None):
+    def run(ours: Callable[[], object], baseline: Callable[[], object], work: Work | None = None):
         seconds = pytestconfig.getoption("seconds")
         pairs = paired(benchmark, clock, ours, baseline, seconds)
         row = _labels(case) | {"backend": backend, "pairs": len(pairs.ours)}
         row |= _quantiles("ratio", pairs.ratios)
         contestants = (("ours", ours, pairs.ours), ("baseline", baseline, pairs.baseline))
         for name, function, times in contestants:
-            rate = None if flops is None else 1e-9 * flops / float(np.median(times))
+            rate = None if work is None else 1e-9 * work.needed / float(np.median(times))
             row |= _quantiles(f"{name}_ms", 1e3 * times)
             row[f"{name}_gflops"] = rate and _short(rate)
             row[f"{name}_gemm_share"] = rate and _short(rate / gemm[case.dtype])
             row[f"{name}_peak_bytes"] = peak_extra_bytes(function, device)
+        least = None if work is None else 1e-6 * work.done / gemm[case.dtype]
+        row["ratio_at_gemm_rate"] = least and _short(row["baseline_ms"] / least)
         benchmark.extra_info.update(row)
         pytestconfig.stash[ROWS][case.operator][shape_set].append(row)
 

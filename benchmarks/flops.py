@@ -1,48 +1,82 @@
-"""Floating-point operations that a result needs: a multiplication and an addition are two.
+"""Floating-point operations in matrix products: a multiplication and an addition are two.
 
-Only matrix products count, each once and over real entries alone: neither what a kernel computes
-again in its backward nor what it computes for padding. A share of the GEMM rate drawn from them is
-thus of useful work.
+Padding does not count. A share of the GEMM rate drawn from `needed` is of useful work alone.
 """
 
+from dataclasses import dataclass
 
-def attention(query_key_pairs: int, heads: int, width: int, *, backward: bool) -> int:
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of one call.
+
+    Attributes:
+        needed: each product that the result needs, once.
+        done: with what a backward must compute again because no scores are kept. At the machine's
+            GEMM rate, with nothing else to do, that is the least time a call can take.
+    """
+
+    needed: int
+    done: int
+
+
+def attention(query_key_pairs: int, heads: int, width: int, *, backward: bool) -> Work:
     """Attention over `query_key_pairs` = Σ over samples of queries · real keys.
 
-    Forward: scores and output, 2 · 2·H·D each pair. Backward: gradients of weights and values, of
-    queries and keys, twice as much.
+    Forward: scores and output, 2 products. Backward: gradients of weights and values, of queries
+    and keys, 4 products, and the scores again.
     """
-    return (3 if backward else 1) * 4 * query_key_pairs * heads * width
+    product = 2 * query_key_pairs * heads * width
+    return Work(6 * product, 7 * product) if backward else Work(2 * product, 2 * product)
 
 
 def memory(
     rows: int, heads: int, width: int, slots: int, topk: int | None, *, backward: bool
-) -> int:
+) -> Work:
     """Attention of R rows to N slots, of which K are kept.
 
-    Forward: R·H·D · 2 · (N scores + K weighted values). Backward: the four gradients, over kept
-    slots only, R·H·D · 2 · 4K.
+    Forward: N scores and K weighted values a row. Backward: the four gradients, over kept slots
+    only, and the kept scores again.
     """
     kept = slots if topk is None else min(topk, slots)
-    products = slots + kept + (4 * kept if backward else 0)
-    return 2 * rows * heads * width * products
+    row = 2 * heads * width * rows
+    forward = row * (slots + kept)
+    return (
+        Work(forward + 4 * row * kept, forward + 5 * row * kept)
+        if backward
+        else Work(forward, forward)
+    )
 
 
-def similarity(tokens: int, images: int, patches: int, width: int, *, backward: bool) -> int:
+def similarity(tokens: int, images: int, patches: int, width: int, *, backward: bool) -> Work:
     """Softmax similarity of `tokens` real tokens with every image.
 
-    Scores take u = 2·tokens·images·P·D; the attended patch, or its norm by the Gram matrix, takes
-    u · min(1, P/D) more. The backward takes twice the forward. Gram matrices themselves, P/tokens
-    of that, are left out.
+    Scores take u = 2·tokens·images·P·D. The norm of the attended patch takes u · min(1, P/D) by
+    the patch's features or by the Gram matrix. The backward takes twice that, and again what the
+    forward took.
+
+    By the Gram matrix, up to P = 2 D, a symmetric half of it is enough for the norm itself and for
+    its own gradient. Gram matrices, P/tokens of u, are left out of what is needed.
     """
     scores = 2 * tokens * images * patches * width
-    norms = 2 * tokens * images * patches * min(width, patches)
-    return (3 if backward else 1) * (scores + norms)
+    needed = scores + 2 * tokens * images * patches * min(width, patches)
+    gram = 2 * tokens * images * patches * patches
+    if patches <= 2 * width:
+        matrix = images * patches * patches * width
+        forward = scores + gram // 2 + matrix
+        again = scores + gram + matrix
+        gradients = 2 * scores + gram // 2 + 2 * matrix
+    else:
+        forward = again = 2 * scores
+        gradients = 4 * scores
+    if not backward:
+        return Work(needed, forward)
+    return Work(3 * needed, forward + again + gradients)
 
 
 def max_similarity(
     reports: int, tokens: int, images: int, patches: int, width: int, *, backward: bool
-) -> int:
+) -> Work:
     """Max similarity of `tokens` real tokens of all reports together with every image.
 
     Forward: 2·tokens·images·P·D. Backward: every maximum, tokens·images + reports·images·P of them,
@@ -50,4 +84,5 @@ def max_similarity(
     """
     forward = 2 * tokens * images * patches * width
     maxima = tokens * images + reports * images * patches
-    return forward + (4 * maxima * width if backward else 0)
+    work = forward + (4 * maxima * width if backward else 0)
+    return Work(work, work)

@@ -4,17 +4,20 @@ from dataclasses import dataclass
 
 from benchmarks.shapes import Attention, Memory, Reports, Shape, Similarity
 
-GATHER_OR_MASK = ("eager", "eager_bag", "eager_masked")
+GATHER_OR_MASK = ("eager", "eager_masked")
 
 
 @dataclass(frozen=True)
 class Goal:
-    """The least ratio of times, baseline to ours, against the fastest of `against`."""
+    """The least ratio of times, baseline to ours, against the fastest of `against`.
+
+    None: measured for comparison, with no goal.
+    """
 
     operator: str
     shape: Shape
     against: tuple[str, ...]
-    at_least: float
+    at_least: float | None
 
 
 def _attention(length: int, padded: float, unpadded: float) -> list[Goal]:
@@ -28,13 +31,14 @@ def _attention(length: int, padded: float, unpadded: float) -> list[Goal]:
 def _similarity(shape: Similarity, loop: float) -> list[Goal]:
     return [
         Goal("token_patch_similarity", shape, ("field",), loop),
-        Goal("token_patch_similarity", shape, ("eager",), 1.3),
+        Goal("token_patch_similarity", shape, ("eager", "eager_context"), 1.3),
         Goal("token_patch_max_similarity", shape, ("eager",), 2.5),
     ]
 
 
 GOALS = (
     Goal("memory_attention", Memory(16, 50, 8, 64, 2048, 32), GATHER_OR_MASK, 5.0),
+    Goal("memory_attention", Memory(16, 50, 8, 64, 2048, 32), ("eager_bag",), None),
     Goal("memory_attention", Memory(16, 50, 8, 64, 2048, None), ("sdpa", "sdpa_expanded"), 1.2),
     *_similarity(Similarity(32, 64, 196, 128), loop=1.8),
     *_similarity(Similarity(16, 64, 196, 768), loop=2.2),

@@ -16,9 +16,10 @@ from benchmarks.shapes import (
 )
 
 DENSE = ("eager", "sdpa", "sdpa_expanded")
+SPARSE = (*GATHER_OR_MASK, "eager_bag")
 ATTENTIONS = ("masked_attention", "masked_attention_qkvpacked", "masked_attention_varlen")
 SIMILARITIES = {
-    "token_patch_similarity": ("field", "eager", "compiled"),
+    "token_patch_similarity": ("field", "eager", "eager_context", "compiled"),
     "token_patch_max_similarity": ("eager", "eager_indexed", "compiled"),
 }
 
@@ -59,7 +60,7 @@ def model() -> Iterator[Case]:
     yield from every("masked_attention_varlen", reports, ("field", "eager", "sdpa"), **both)
     # The visible patches and, on average, about as many tokens of a report.
     memories = (Memory(64, 98, 12, 64, 2048, 32), Memory(64, 80, 4, 32, 256, 16))
-    yield from every("memory_attention", memories, (*GATHER_OR_MASK, "compiled"), **both)
+    yield from every("memory_attention", memories, (*SPARSE, "compiled"), **both)
     similarities = (Similarity(64, 128, 49, 128, True), Similarity(64, 96, 32, 128, True))
     for operator, baselines in SIMILARITIES.items():
         yield from every(operator, similarities, baselines, **both)
@@ -81,13 +82,13 @@ def sweep() -> Iterator[Case]:
     banks = [(n, k) for n in (64, 512, 2048, 8192) for k in (1, 8, 32, 64, None) if n != k]
     for slots, topk in banks:
         shape = Memory(8, 50, 8, 64, slots, topk)
-        yield from every("memory_attention", [shape], DENSE if topk is None else GATHER_OR_MASK)
+        yield from every("memory_attention", [shape], DENSE if topk is None else SPARSE)
     narrow = [Memory(1, 50, 8, 64, 2048, 32), Memory(8, 50, 4, 16, 2048, 32)]
     wide = [Memory(8, 50, 4, 128, 2048, 32)]
-    yield from every("memory_attention", narrow + wide, GATHER_OR_MASK)
+    yield from every("memory_attention", narrow + wide, SPARSE)
     pairs = [(2, 64, 196), (8, 16, 49), (8, 128, 196), (8, 97, 361), (64, 16, 49)]
     similarities = [Similarity(b, t, p, d) for b, t, p in pairs for d in (64, 128, 512)]
-    yield from every("token_patch_similarity", similarities, ("field", "eager"))
+    yield from every("token_patch_similarity", similarities, ("field", "eager", "eager_context"))
     yield from every("token_patch_max_similarity", similarities, ("eager", "eager_indexed"))
 
 
@@ -98,7 +99,7 @@ def smoke() -> Iterator[Case]:
         shape = Reports(3, 2, 8) if operator.endswith("varlen") else Attention(2, 9, 2, 8)
         yield from every(operator, [shape], ("field", "eager", "sdpa"), **both)
     sparse, dense = Memory(2, 5, 2, 8, 40, 4), Memory(2, 5, 2, 8, 40, None)
-    yield from every("memory_attention", [sparse], ("field", *GATHER_OR_MASK), **both)
+    yield from every("memory_attention", [sparse], ("field", *SPARSE), **both)
     yield from every("memory_attention", [dense], DENSE, modes=(FORWARD, TRAINING))
     for operator, (*baselines, _) in SIMILARITIES.items():
         yield from every(operator, [Similarity(2, 5, 7, 8, True)], baselines, **both)

@@ -8,6 +8,7 @@ from benchmarks.baselines.compiled import missing_compiler
 from benchmarks.problem import Problem, random_operands
 from mpma_ext import reference
 
+SIMILARITIES = ("token_patch_similarity", "token_patch_max_similarity")
 # Sums of tens of products in another order: 1e-16 each, with a margin for the largest.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -20,12 +21,7 @@ def both(operator, name, settings, *gradient_sizes, **sizes):
     """Outputs and gradients of a baseline and of the definition."""
     operands, draw = random_operands("float64", "cpu", **sizes)
     gradients = tuple(draw(*size) for size in gradient_sizes)
-    first, *_ = operands
-
-    def definition(**operands):
-        return getattr(reference, operator)(operands.pop(first), **operands)
-
-    functions = (BASELINES[operator][name], definition)
+    functions = (BASELINES[operator][name], getattr(reference, operator))
     return [Problem(f, operands | settings, gradients, backward=True)() for f in functions]
 
 
@@ -70,11 +66,7 @@ def test_memory_attention(name, topk):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     ("operator", "name"),
-    [
-        (operator, name)
-        for operator in ("token_patch_similarity", "token_patch_max_similarity")
-        for name in without_compiled(operator)
-    ],
+    [(operator, name) for operator in SIMILARITIES for name in without_compiled(operator)],
 )
 def test_similarities(operator, name, masked):
     mask = {"token_mask": prefixes(5, 2, 4) if masked else None}
@@ -84,7 +76,25 @@ def test_similarities(operator, name, masked):
 
 
 @pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
-def test_a_compiled_baseline():
-    size = (2, 4, 1, 3)
-    mask = {"key_padding_mask": prefixes(4, 2)}
-    assert_close(both("masked_attention", "compiled", mask, size, query=size, key=size, value=size))
+@pytest.mark.parametrize(
+    "operator",
+    [
+        "masked_attention",
+        "memory_attention",
+        "token_patch_similarity",
+        "token_patch_max_similarity",
+    ],
+)
+def test_compiled_baselines(operator):
+    size, bank = (2, 4, 1, 3), (5, 1, 3)
+    if operator.startswith("token_patch"):
+        outputs = 1 if operator == "token_patch_similarity" else 2
+        mask = {"token_mask": prefixes(5, 2)}
+        sizes = {"tokens": (2, 5, 6), "patches": (2, 7, 6)}
+        assert_close(both(operator, "compiled", mask, *[(2, 2)] * outputs, **sizes))
+    elif operator == "memory_attention":
+        sizes = {"query": size, "memory_key": bank, "memory_value": bank}
+        assert_close(both(operator, "compiled", {"topk": 3}, size, **sizes))
+    else:
+        mask = {"key_padding_mask": prefixes(4, 2)}
+        assert_close(both(operator, "compiled", mask, size, query=size, key=size, value=size))

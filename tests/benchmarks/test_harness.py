@@ -8,6 +8,7 @@ import torch
 from benchmarks import flops
 from benchmarks.__main__ import SCRIPTS
 from benchmarks.baselines import BASELINES
+from benchmarks.flops import Work
 from benchmarks.goals import GOALS
 from benchmarks.lengths import padding_mask, report_lengths
 from benchmarks.machine import gemm_gflops, slug
@@ -83,19 +84,30 @@ def test_every_case_has_a_script_and_a_baseline(name):
 
 def test_operations_counted_by_hand():
     # 3 queries on 2 real keys, 1 head of width 5: 6 pairs, 2·5 for a score and as much for a sum.
-    assert flops.attention(6, 1, 5, backward=False) == 6 * 20
-    assert flops.attention(6, 1, 5, backward=True) == 3 * 6 * 20
+    assert flops.attention(6, 1, 5, backward=False) == Work(6 * 20, 6 * 20)
+    # Four gradients more, and the scores again.
+    assert flops.attention(6, 1, 5, backward=True) == Work(3 * 6 * 20, 7 * 6 * 10)
     # 4 rows, 9 slots, 2 kept.
-    assert flops.memory(4, 1, 5, 9, 2, backward=False) == 4 * 10 * (9 + 2)
-    assert flops.memory(4, 1, 5, 9, 2, backward=True) == 4 * 10 * (9 + 2 + 8)
+    assert flops.memory(4, 1, 5, 9, 2, backward=False) == Work(4 * 10 * (9 + 2), 4 * 10 * (9 + 2))
+    kept = Work(4 * 10 * (9 + 2 + 8), 4 * 10 * (9 + 2 + 10))
+    assert flops.memory(4, 1, 5, 9, 2, backward=True) == kept
     # Dense: a backward of twice the forward.
     dense = [flops.memory(4, 1, 5, 9, None, backward=backward) for backward in (False, True)]
-    assert dense == [4 * 10 * 18, 3 * 4 * 10 * 18]
-    # 6 tokens, 2 images of 3 patches: c by itself where P > D, its norm by the Gram matrix else.
-    assert flops.similarity(6, 2, 3, 2, backward=False) == 36 * 2 * 2 + 36 * 2 * 2
-    assert flops.similarity(6, 2, 3, 12, backward=True) == 3 * (36 * 2 * 12 + 36 * 2 * 3)
+    assert dense == [Work(4 * 10 * 18, 4 * 10 * 18), Work(3 * 4 * 10 * 18, 4 * 10 * 7 * 9)]
+    # 6 tokens, 2 images of 5 patches of width 2: c by itself, u = 2·6·2·5·2 operations a product.
+    u = 240
+    assert flops.similarity(6, 2, 5, 2, backward=False) == Work(2 * u, 2 * u)
+    assert flops.similarity(6, 2, 5, 2, backward=True) == Work(6 * u, 8 * u)
+    # Of width 12, by the Gram matrix: 2·6·2·5·5 for a product with it, 2·2·5·5·12 to form it.
+    u, gram, matrix = 1440, 600, 1200
+    forward = Work(u + gram, u + gram // 2 + matrix // 2)
+    assert flops.similarity(6, 2, 5, 12, backward=False) == forward
+    # Its gradient once more against the patches.
+    both = Work(3 * (u + gram), 4 * u + 2 * gram + 2 * matrix)
+    assert flops.similarity(6, 2, 5, 12, backward=True) == both
     # 2 reports of 6 tokens in all: 12 maxima over patches, 12 over tokens.
-    assert flops.max_similarity(2, 6, 2, 3, 5, backward=True) == 36 * 10 + 4 * 24 * 5
+    most = 36 * 10 + 4 * 24 * 5
+    assert flops.max_similarity(2, 6, 2, 3, 5, backward=True) == Work(most, most)
 
 
 def test_lengths_of_reports_are_those_of_open_i():

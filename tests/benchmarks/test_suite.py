@@ -14,7 +14,7 @@ from benchmarks.shapes import TRAINING
 from mpma_train import cli
 
 FIELDS = {"operator", "shape", "sizes", "dtype", "mode", "baseline", "backend", "pairs"}
-FIELDS |= {"ratio", "ratio_p20", "ratio_p80"}
+FIELDS |= {"ratio", "ratio_p20", "ratio_p80", "ratio_at_gemm_rate"}
 FIELDS |= {
     f"{name}_{figure}"
     for name in ("ours", "baseline")
