@@ -93,8 +93,9 @@ def check(draw, generator, call: Call, dtype) -> None:
 
     Eager is the definition in that dtype; for float64, in float32, its error times the ratio of
     their roundings. As eager may by luck be exact, its error is taken to be at least what operands
-    off by √n roundings make of the result, where n is the length of the longest sum: n roundings
-    that are independent grow so. One rounding of the result in its own dtype is allowed for.
+    off by 3 √n roundings make of the result, the most of a few draws: √n is the deviation of n
+    independent roundings, those of the longest sum, and 3 deviations is where chance ends. One
+    rounding of the result in its own dtype is allowed for.
     """
     kernel, definition = getattr(mpma_ext, call.function), getattr(reference, call.function)
     wanted = [name for name in call.operands if draw(st.booleans())]
@@ -114,32 +115,46 @@ def check(draw, generator, call: Call, dtype) -> None:
     truth = outcome(call, definition, wanted, grads, dtype=torch.float64)
     longest = max(size for operand in call.operands.values() for size in operand.shape)
     sums = torch.float64 if dtype == torch.float64 else torch.float32
-    rounding = longest**0.5 * torch.finfo(sums).eps
+    rounding = 3 * longest**0.5 * torch.finfo(sums).eps
 
-    def nudge(tensor):
+    def nudge(tensor, by=rounding):
         signs = torch.randint(0, 2, tensor.shape, generator=generator).double() * 2 - 1
-        return tensor.double() * (1 + rounding * signs)
+        return tensor.double() * (1 + by * signs)
 
-    nudged = {n: t if n in call.integers else nudge(t) for n, t in call.operands.items()}
-    moved_grads = [nudge(grad) for grad in grads]
-    moved = outcome(
-        replace(call, operands=nudged), definition, wanted, moved_grads, dtype=torch.float64
-    )
+    def moved():
+        nudged = {n: t if n in call.integers else nudge(t) for n, t in call.operands.items()}
+        # A row's weights come from a log-sum-exp as large as its scores, rounded when it was kept.
+        moved_grads = [nudge(grad, rounding * max(1, largest_score(call))) for grad in grads]
+        return outcome(
+            replace(call, operands=nudged), definition, wanted, moved_grads, dtype=torch.float64
+        )
+
+    draws = [moved() for _ in range(3)]
     # The output, of which a gradient of the scores has a part, is kept in its own dtype.
     kept = max(rounding, torch.finfo(dtype).eps)
 
     for factor, part, names in ((2, 0, [None] * len(grads)), (3, 1, wanted)):
-        for got, plain, exact, near, name in zip(
-            ours[part], eager[part], truth[part], moved[part], names, strict=True
+        for got, plain, exact, name, *near in zip(
+            ours[part], eager[part], truth[part], names, *(d[part] for d in draws), strict=True
         ):
             error = largest(plain - exact) * torch.finfo(dtype).eps / torch.finfo(eager_dtype).eps
-            error = max(error, largest(near - exact), kept * cancelled(call, name, grads))
+            error = max(error, *(largest(n - exact) for n in near))
+            error = max(error, kept * cancelled(call, name, grads))
             allowed = factor * error + torch.finfo(got.dtype).eps * largest(exact)
             assert got.isfinite().all(), f"{call.function}: not finite"
             assert largest(got - exact) <= allowed, f"{largest(got - exact)} > {allowed}"
     for name, gradient in zip(wanted, ours[1], strict=True):
         if name in call.poisoned:
             assert not gradient[call.poisoned[name]].any(), f"{name}: gradient of what is masked"
+
+
+def largest_score(call: Call) -> float:
+    """At most so large are an attention's scaled scores; 0 for the similarities."""
+    if "tokens" in call.operands:
+        return 0.0
+    query, key, _ = call.operands.values()
+    scale = abs(call.rest.get("scale", query.shape[-1] ** -0.5))
+    return scale * largest(query.norm(dim=-1)) * largest(key.norm(dim=-1))
 
 
 def cancelled(call: Call, name: str | None, grads) -> float:
