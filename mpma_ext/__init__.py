@@ -17,6 +17,7 @@ except ImportError as error:
 
 from mpma_ext import reference
 from mpma_ext.backends import available_backends, use_backend
+from mpma_ext.ops import triton_kernels  # noqa: F401  behind torch.ops.mpma.*_triton
 from mpma_ext.ops.masked_attention import (
     masked_attention,
     masked_attention_qkvpacked,

@@ -4,6 +4,8 @@ An operator lists its backends from the fastest down, and for each a reason why 
 call, or None. The choice falls in Python, before the operator, so that the backward follows it.
 """
 
+import importlib.util
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +32,13 @@ COMPILED = {
     for backend, key in (("cpu", "CPU"), ("cuda", "CUDA"))
 }
 
+# Triton's interpreter, which runs its kernels on CPU tensors, is chosen when Triton is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+# What no machine has shown to be the fastest serves only where it is asked for by name.
+UNMEASURED = frozenset({"triton"})
+
 _local = threading.local()
 
 
@@ -37,7 +46,7 @@ def available_backends() -> list[str]:
     """Names of the backends that can serve at least one operator on this machine."""
     usable = {
         "cuda": bool(COMPILED["cuda"]) and torch.cuda.is_available(),
-        "triton": False,
+        "triton": HAS_TRITON and (INTERPRETED or torch.cuda.is_available()),
         "cpu": bool(COMPILED["cpu"]),
         "torch": True,
         "reference": True,
@@ -70,6 +79,25 @@ def compiled_refusal(backend: str, operator: str, tensor: torch.Tensor) -> str |
     return None
 
 
+def triton_refusal(operator: str, tensor: torch.Tensor) -> str | None:
+    """Why the Triton kernel of an operator cannot serve a call on `tensor`, or None."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    device = tensor.device.type
+    if device == "cpu" and not INTERPRETED:
+        return "it serves CPU tensors under TRITON_INTERPRET=1 only"
+    if device not in ("cpu", "cuda"):
+        return f"it serves cuda tensors, these are on {tensor.device}"
+    if tensor.dtype == torch.float64:
+        return "it serves float32, bfloat16 and float16, not float64"
+    return None
+
+
+def too_wide(width: int, largest: int) -> str | None:
+    """Why a kernel for widths up to `largest` cannot serve, or None."""
+    return None if width <= largest else f"it serves widths up to {largest}, this is {width}"
+
+
 def choose(
     operator: str,
     backend: str | None,
@@ -93,7 +121,7 @@ def choose(
         backend = getattr(_local, "backend", None)
     if backend is None:
         for name, refusal in refusals.items():
-            if refusal is None and name not in avoid:
+            if refusal is None and name not in avoid | UNMEASURED:
                 return name
     refusal = refusals.get(backend, f"there is no {backend} implementation of {operator}")
     if refusal is not None:

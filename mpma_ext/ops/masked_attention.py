@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from mpma_ext import reference
-from mpma_ext.backends import choose, compiled_refusal
+from mpma_ext.backends import choose, compiled_refusal, too_wide, triton_refusal
 from mpma_ext.ops.checks import (
     check_cu_seqlens,
     check_dropout,
@@ -15,8 +15,8 @@ from mpma_ext.ops.checks import (
 from mpma_ext.ops.rules import (
     fake_gradients,
     needed,
-    refuse_second_derivative,
-    register_autocast,
+    operator_for,
+    register_rules,
     under_autocast,
 )
 from mpma_ext.reference.philox import seed_tensor
@@ -83,7 +83,7 @@ def masked_attention(
         )
     if chosen == "torch":
         return _sdpa(query, key, value, key_padding_mask, scale)
-    output, _ = torch.ops.mpma.masked_attention(
+    output, _ = operator_for(name, chosen)(
         query, key, value, key_padding_mask, scale, dropout_p, seed
     )
     return output
@@ -131,9 +131,7 @@ def masked_attention_qkvpacked(
         )
     if chosen == "torch":
         return _sdpa(*qkv.unbind(2), key_padding_mask, scale)
-    output, _ = torch.ops.mpma.masked_attention_qkvpacked(
-        qkv, key_padding_mask, scale, dropout_p, seed
-    )
+    output, _ = operator_for(name, chosen)(qkv, key_padding_mask, scale, dropout_p, seed)
     return output
 
 
@@ -189,8 +187,9 @@ def masked_attention_varlen(
         name,
         backend,
         {
-            "cpu": compiled_refusal("cpu", name, query),
             "cuda": compiled_refusal("cuda", name, query),
+            "triton": triton_refusal(name, query) or too_wide(width, 128),
+            "cpu": compiled_refusal("cpu", name, query),
             "torch": "scaled_dot_product_attention takes no packed sequences",
             "reference": None,
         },
@@ -201,9 +200,7 @@ def masked_attention_varlen(
         return reference.masked_attention_varlen(
             query, key, value, *packing, scale=scale, dropout_p=dropout_p, dropout_seed=seed
         )
-    output, _ = torch.ops.mpma.masked_attention_varlen(
-        query, key, value, *packing, scale, dropout_p, seed
-    )
+    output, _ = operator_for(name, chosen)(query, key, value, *packing, scale, dropout_p, seed)
     return output
 
 
@@ -215,8 +212,9 @@ def _choose(
     dropout_p: float,
 ) -> str:
     refusals = {
-        "cpu": compiled_refusal("cpu", name, query),
         "cuda": compiled_refusal("cuda", name, query),
+        "triton": triton_refusal(name, query) or too_wide(query.shape[-1], 128),
+        "cpu": compiled_refusal("cpu", name, query),
         "torch": "PyTorch's dropout does not draw the mask that dropout_seed stands for"
         if dropout_p > 0
         else None,
@@ -235,22 +233,19 @@ def _sdpa(query, key, value, key_padding_mask, scale):
     return output.transpose(1, 2).contiguous()
 
 
-@torch.library.register_fake("mpma::masked_attention")
-def _(query, key, value, key_padding_mask, scale, dropout_p, dropout_seed):
+def _padded_fake(query, key, value, key_padding_mask, scale, dropout_p, dropout_seed):
     batch, queries, heads, _ = query.shape
     statistics = query.new_empty((batch, heads, queries), dtype=compute_dtype(query))
     return query.new_empty(query.shape), statistics
 
 
-@torch.library.register_fake("mpma::masked_attention_qkvpacked")
-def _(qkv, key_padding_mask, scale, dropout_p, dropout_seed):
+def _qkvpacked_fake(qkv, key_padding_mask, scale, dropout_p, dropout_seed):
     batch, length, _, heads, width = qkv.shape
     statistics = qkv.new_empty((batch, heads, length), dtype=compute_dtype(qkv))
     return qkv.new_empty((batch, length, heads, width)), statistics
 
 
-@torch.library.register_fake("mpma::masked_attention_varlen")
-def _(
+def _varlen_fake(
     query,
     key,
     value,
@@ -267,14 +262,11 @@ def _(
     return query.new_empty(query.shape), statistics
 
 
-@torch.library.register_fake("mpma::masked_attention_backward")
-@torch.library.register_fake("mpma::masked_attention_varlen_backward")
-def _(grad_output, query, key, value, *rest):
+def _backward_fake(grad_output, query, key, value, *rest):
     return fake_gradients(*zip((query, key, value), rest[-3:], strict=True))
 
 
-@torch.library.register_fake("mpma::masked_attention_qkvpacked_backward")
-def _(grad_output, qkv, *rest):
+def _qkvpacked_backward_fake(grad_output, qkv, *rest):
     return qkv.new_empty(qkv.shape)
 
 
@@ -294,37 +286,44 @@ def _varlen_context(ctx, inputs, output):
     _save(ctx, (query, key, value), (cu_q, cu_k), output, seed)
 
 
-def _padded_backward(ctx, grad_output, _):
+def _padded_backward(operator, ctx, grad_output, _):
     *saved, seed = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
-    gradients = torch.ops.mpma.masked_attention_backward(
-        grad_output, *saved, ctx.scale, ctx.dropout_p, seed, *wanted
-    )
+    gradients = operator(grad_output, *saved, ctx.scale, ctx.dropout_p, seed, *wanted)
     return (*map(needed, gradients, wanted), None, None, None, None)
 
 
-def _qkvpacked_backward(ctx, grad_output, _):
+def _qkvpacked_backward(operator, ctx, grad_output, _):
     *saved, seed = ctx.saved_tensors
-    gradient = torch.ops.mpma.masked_attention_qkvpacked_backward(
-        grad_output, *saved, ctx.scale, ctx.dropout_p, seed
-    )
+    gradient = operator(grad_output, *saved, ctx.scale, ctx.dropout_p, seed)
     return gradient, None, None, None, None
 
 
-def _varlen_backward(ctx, grad_output, _):
+def _varlen_backward(operator, ctx, grad_output, _):
     *saved, seed = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
-    gradients = torch.ops.mpma.masked_attention_varlen_backward(
-        grad_output, *saved, *ctx.longest, ctx.scale, ctx.dropout_p, seed, *wanted
-    )
+    gradients = operator(grad_output, *saved, *ctx.longest, ctx.scale, ctx.dropout_p, seed, *wanted)
     return (*map(needed, gradients, wanted), *[None] * 7)
 
 
-for _name, _context, _rule in (
-    ("masked_attention", _padded_context, _padded_backward),
-    ("masked_attention_qkvpacked", _padded_context, _qkvpacked_backward),
-    ("masked_attention_varlen", _varlen_context, _varlen_backward),
-):
-    torch.library.register_autograd(f"mpma::{_name}", _rule, setup_context=_context)
-    refuse_second_derivative(_name)
-    register_autocast(_name)
+register_rules(
+    "masked_attention",
+    fake=_padded_fake,
+    fake_backward=_backward_fake,
+    setup_context=_padded_context,
+    backward=_padded_backward,
+)
+register_rules(
+    "masked_attention_qkvpacked",
+    fake=_qkvpacked_fake,
+    fake_backward=_qkvpacked_backward_fake,
+    setup_context=_padded_context,
+    backward=_qkvpacked_backward,
+)
+register_rules(
+    "masked_attention_varlen",
+    fake=_varlen_fake,
+    fake_backward=_backward_fake,
+    setup_context=_varlen_context,
+    backward=_varlen_backward,
+)

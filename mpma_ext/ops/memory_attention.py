@@ -6,13 +6,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from mpma_ext import reference
-from mpma_ext.backends import choose, compiled_refusal
+from mpma_ext.backends import choose, compiled_refusal, too_wide, triton_refusal
 from mpma_ext.ops.checks import check_dropout, check_floating, check_shape
 from mpma_ext.ops.rules import (
     fake_gradients,
     needed,
-    refuse_second_derivative,
-    register_autocast,
+    operator_for,
+    register_rules,
     under_autocast,
 )
 from mpma_ext.reference.philox import seed_tensor
@@ -77,8 +77,11 @@ def memory_attention(
         name,
         backend,
         {
-            "cpu": compiled_refusal("cpu", name, query),
             "cuda": compiled_refusal("cuda", name, query),
+            "triton": triton_refusal(name, query)
+            or too_wide(width, 128)
+            or _too_many(None if dense else topk),
+            "cpu": compiled_refusal("cpu", name, query),
             "torch": _torch_refusal(dense, dropout_p),
             "reference": None,
         },
@@ -100,10 +103,14 @@ def memory_attention(
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (rows, memory_key, memory_value))
         output = scaled_dot_product_attention(q, k, v, scale=scale)
         return output.squeeze(0).transpose(0, 1).contiguous().view(query.shape)
-    output, _, _ = torch.ops.mpma.memory_attention(
+    output, _, _ = operator_for(name, chosen)(
         rows, memory_key, memory_value, 0 if dense else topk, scale, dropout_p, seed
     )
     return output.view(query.shape)
+
+
+def _too_many(topk: int | None) -> str | None:
+    return None if topk is None or topk <= 64 else f"it serves topk up to 64, this is {topk}"
 
 
 def _torch_refusal(dense: bool, dropout_p: float) -> str | None:
@@ -114,8 +121,7 @@ def _torch_refusal(dense: bool, dropout_p: float) -> str | None:
     return None
 
 
-@torch.library.register_fake("mpma::memory_attention")
-def _(query, memory_key, memory_value, topk, scale, dropout_p, dropout_seed):
+def _fake(query, memory_key, memory_value, topk, scale, dropout_p, dropout_seed):
     rows, heads, _ = query.shape
     return (
         query.new_empty(query.shape),
@@ -124,25 +130,9 @@ def _(query, memory_key, memory_value, topk, scale, dropout_p, dropout_seed):
     )
 
 
-@torch.library.register_fake("mpma::memory_attention_backward")
-def _(
-    grad_output,
-    query,
-    memory_key,
-    memory_value,
-    output,
-    logsumexp,
-    indices,
-    scale,
-    dropout_p,
-    dropout_seed,
-    need_query,
-    need_memory_key,
-    need_memory_value,
-):
-    return fake_gradients(
-        (query, need_query), (memory_key, need_memory_key), (memory_value, need_memory_value)
-    )
+def _fake_backward(grad_output, query, memory_key, memory_value, *rest):
+    operands = (query, memory_key, memory_value)
+    return fake_gradients(*zip(operands, rest[-3:], strict=True))
 
 
 def _setup_context(ctx, inputs, output):
@@ -152,15 +142,17 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(query, memory_key, memory_value, result, logsumexp, indices, dropout_seed)
 
 
-def _backward(ctx, grad_output, *_):
+def _backward(operator, ctx, grad_output, *_):
     *saved, dropout_seed = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
-    gradients = torch.ops.mpma.memory_attention_backward(
-        grad_output, *saved, ctx.scale, ctx.dropout_p, dropout_seed, *wanted
-    )
+    gradients = operator(grad_output, *saved, ctx.scale, ctx.dropout_p, dropout_seed, *wanted)
     return (*map(needed, gradients, wanted), None, None, None, None)
 
 
-torch.library.register_autograd("mpma::memory_attention", _backward, setup_context=_setup_context)
-refuse_second_derivative("memory_attention")
-register_autocast("memory_attention")
+register_rules(
+    "memory_attention",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+)

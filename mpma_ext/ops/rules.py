@@ -1,5 +1,6 @@
 """What PyTorch is told of an operator beside its kernels: autocast, and derivatives' limits."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -18,7 +19,38 @@ def under_autocast(operator: str, **operands: torch.Tensor) -> tuple[torch.Tenso
     return tuple(_cast(tensor, torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
-def register_autocast(operator: str) -> None:
+def operator_for(operator: str, backend: str) -> Callable:
+    """The torch.ops.mpma.* behind which `backend` has its kernel."""
+    return getattr(torch.ops.mpma, f"{operator}_triton" if backend == "triton" else operator)
+
+
+def register_rules(
+    operator: str,
+    *,
+    fake: Callable,
+    fake_backward: Callable,
+    setup_context: Callable,
+    backward: Callable,
+) -> None:
+    """Tell PyTorch the shapes, derivative and autocast of an operator, and of its Triton twin.
+
+    Args:
+        operator: its public name.
+        fake, fake_backward: empty results for the arguments of the schemas.
+        setup_context: as of torch.library.register_autograd.
+        backward: (operator's backward, ctx, *gradients) -> gradients of the arguments.
+    """
+    for name in (operator, f"{operator}_triton"):
+        of_backward = f"{name}_backward"
+        torch.library.register_fake(f"mpma::{name}", fake)
+        torch.library.register_fake(f"mpma::{of_backward}", fake_backward)
+        rule = functools.partial(backward, getattr(torch.ops.mpma, of_backward))
+        torch.library.register_autograd(f"mpma::{name}", rule, setup_context=setup_context)
+        torch.library.register_autograd(f"mpma::{of_backward}", _refusal(operator))
+        _register_autocast(name)
+
+
+def _register_autocast(operator: str) -> None:
     """Under autocast, torch.ops.mpma.<operator> casts its floating tensors, float64 aside."""
 
     def rule_of(device: str) -> Callable:
@@ -33,16 +65,16 @@ def register_autocast(operator: str) -> None:
         torch.library.impl(f"mpma::{operator}", key)(rule_of(device))
 
 
-def refuse_second_derivative(operator: str) -> None:
-    """The backward of torch.ops.mpma.<operator>_backward raises."""
+def _refusal(operator: str) -> Callable:
+    """The derivative of a backward, which has none."""
 
     def backward(ctx, *gradients):
         raise RuntimeError(
-            f"{operator}: the compiled backward has no derivative of its own; "
+            f"{operator}: the kernels' backward has no derivative of its own; "
             'use backend="reference" for second derivatives'
         )
 
-    torch.library.register_autograd(f"mpma::{operator}_backward", backward)
+    return backward
 
 
 def needed(gradient: torch.Tensor, wanted: bool) -> torch.Tensor | None:

@@ -3,13 +3,13 @@
 import torch
 
 from mpma_ext import reference
-from mpma_ext.backends import choose, compiled_refusal
+from mpma_ext.backends import choose, compiled_refusal, too_wide, triton_refusal
 from mpma_ext.ops.checks import check_floating, check_mask, check_shape
 from mpma_ext.ops.rules import (
     fake_gradients,
     needed,
-    refuse_second_derivative,
-    register_autocast,
+    operator_for,
+    register_rules,
     under_autocast,
 )
 from mpma_ext.reference.precision import compute_dtype
@@ -64,9 +64,7 @@ def token_patch_similarity(
             attention_temperature=temperatures[0],
             pooling_temperature=temperatures[1],
         )
-    return torch.ops.mpma.token_patch_similarity(
-        tokens, patches, token_mask, patch_mask, *temperatures
-    )
+    return operator_for(name, chosen)(tokens, patches, token_mask, patch_mask, *temperatures)
 
 
 def token_patch_max_similarity(
@@ -104,7 +102,7 @@ def token_patch_max_similarity(
         return reference.token_patch_max_similarity(
             tokens, patches, token_mask=token_mask, patch_mask=patch_mask
         )
-    to_patches, to_tokens, _, _ = torch.ops.mpma.token_patch_max_similarity(
+    to_patches, to_tokens, _, _ = operator_for(name, chosen)(
         tokens, patches, token_mask, patch_mask
     )
     return to_patches, to_tokens
@@ -123,32 +121,23 @@ def _checked(name, tokens, patches, token_mask, patch_mask):
 
 def _refusals(name: str, tokens: torch.Tensor) -> dict[str, str | None]:
     return {
-        "cpu": compiled_refusal("cpu", name, tokens),
         "cuda": compiled_refusal("cuda", name, tokens),
+        "triton": triton_refusal(name, tokens) or too_wide(tokens.shape[-1], 1024),
+        "cpu": compiled_refusal("cpu", name, tokens),
         "torch": "PyTorch has no fused kernel of it",
         "reference": None,
     }
 
 
-@torch.library.register_fake("mpma::token_patch_similarity")
-def _(tokens, patches, token_mask, patch_mask, attention_temperature, pooling_temperature):
+def _similarity_fake(
+    tokens, patches, token_mask, patch_mask, attention_temperature, pooling_temperature
+):
     shape = (tokens.shape[0], patches.shape[0])
     return tokens.new_empty(shape, dtype=compute_dtype(tokens))
 
 
-@torch.library.register_fake("mpma::token_patch_similarity_backward")
-def _(
-    grad_output,
-    tokens,
-    patches,
-    token_mask,
-    patch_mask,
-    attention_temperature,
-    pooling_temperature,
-    need_tokens,
-    need_patches,
-):
-    return fake_gradients((tokens, need_tokens), (patches, need_patches))
+def _similarity_backward_fake(grad_output, tokens, patches, *rest):
+    return fake_gradients(*zip((tokens, patches), rest[-2:], strict=True))
 
 
 def _similarity_context(ctx, inputs, output):
@@ -156,9 +145,9 @@ def _similarity_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _similarity_backward(ctx, grad_output):
+def _similarity_backward(operator, ctx, grad_output):
     wanted = ctx.needs_input_grad[:2]
-    gradients = torch.ops.mpma.token_patch_similarity_backward(
+    gradients = operator(
         grad_output,
         *ctx.saved_tensors,
         ctx.attention_temperature,
@@ -168,8 +157,7 @@ def _similarity_backward(ctx, grad_output):
     return (*map(needed, gradients, wanted), None, None, None, None)
 
 
-@torch.library.register_fake("mpma::token_patch_max_similarity")
-def _(tokens, patches, token_mask, patch_mask):
+def _max_fake(tokens, patches, token_mask, patch_mask):
     shape = (tokens.shape[0], patches.shape[0])
     return (
         tokens.new_empty(shape, dtype=compute_dtype(tokens)),
@@ -179,20 +167,8 @@ def _(tokens, patches, token_mask, patch_mask):
     )
 
 
-@torch.library.register_fake("mpma::token_patch_max_similarity_backward")
-def _(
-    grad_tokens_to_patches,
-    grad_patches_to_tokens,
-    tokens,
-    patches,
-    token_mask,
-    patch_mask,
-    patch_index,
-    token_index,
-    need_tokens,
-    need_patches,
-):
-    return fake_gradients((tokens, need_tokens), (patches, need_patches))
+def _max_backward_fake(grad_to_patches, grad_to_tokens, tokens, patches, *rest):
+    return fake_gradients(*zip((tokens, patches), rest[-2:], strict=True))
 
 
 def _max_context(ctx, inputs, output):
@@ -201,20 +177,25 @@ def _max_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs, patch_index, token_index)
 
 
-def _max_backward(ctx, grad_tokens_to_patches, grad_patches_to_tokens, *_):
+def _max_backward(operator, ctx, grad_tokens_to_patches, grad_patches_to_tokens, *_):
     wanted = ctx.needs_input_grad[:2]
-    gradients = torch.ops.mpma.token_patch_max_similarity_backward(
+    gradients = operator(
         grad_tokens_to_patches, grad_patches_to_tokens, *ctx.saved_tensors, *wanted
     )
     return (*map(needed, gradients, wanted), None, None)
 
 
-torch.library.register_autograd(
-    "mpma::token_patch_similarity", _similarity_backward, setup_context=_similarity_context
+register_rules(
+    "token_patch_similarity",
+    fake=_similarity_fake,
+    fake_backward=_similarity_backward_fake,
+    setup_context=_similarity_context,
+    backward=_similarity_backward,
 )
-torch.library.register_autograd(
-    "mpma::token_patch_max_similarity", _max_backward, setup_context=_max_context
+register_rules(
+    "token_patch_max_similarity",
+    fake=_max_fake,
+    fake_backward=_max_backward_fake,
+    setup_context=_max_context,
+    backward=_max_backward,
 )
-for _name in ("token_patch_similarity", "token_patch_max_similarity"):
-    refuse_second_derivative(_name)
-    register_autocast(_name)

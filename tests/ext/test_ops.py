@@ -165,7 +165,7 @@ def test_second_derivative_raises(name):
     outputs = run(name, leaves, backend="cpu")
     loss = sum((o * o).sum() for o in outputs)
     (gradient, *_) = torch.autograd.grad(loss, leaves.values(), create_graph=True)
-    with pytest.raises(RuntimeError, match=f"{name}: the compiled backward has no derivative"):
+    with pytest.raises(RuntimeError, match=f"{name}: the kernels.* backward has no derivative"):
         gradient.sum().backward()
 
 
@@ -243,7 +243,7 @@ def test_available_backends_and_report():
 
 
 def test_a_backend_that_is_not_there_says_why():
-    for backend, reason in (("cuda", "serves cuda tensors"), ("triton", "no triton")):
+    for backend, reason in (("cuda", "serves cuda tensors"), ("triton", "under TRITON_INTERPRET=1")):
         for name in CALLS:
             with pytest.raises(ValueError, match=f'{name}: backend="{backend}".*{reason}'):
                 run(name, operands(name), backend=backend)
