@@ -20,6 +20,9 @@ class VitImageEncoder(ViTMAEModel):
     which. Parameters keep ViTMAEModel's names, so that its checkpoints fit.
     """
 
+    # What is sharded by itself: not the embeddings, whose own forward is never called here.
+    _no_split_modules = ("ViTMAELayer",)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # transformers 5.17 skips these once the convolution inside has its values, which it always

@@ -9,13 +9,18 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from small_model import NO_DROPOUT, build, make_batch
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+# Settings, dtype, and whether each process holds a share of the weights (FSDP) or all (DDP). FSDP
+# takes no scalar parameter, such as the temperature of the global alignment.
 CASES = [
-    ({}, torch.float64),
-    ({"local_alignment": "max", "alignment_view": "full"}, torch.float64),
-    ({"mlm_loss_on": "all", "fusion": "gap_add", "false_negatives": "none"}, torch.float64),
-    ({}, torch.float32),
+    ({}, torch.float64, False),
+    ({"local_alignment": "max", "alignment_view": "full"}, torch.float64, False),
+    ({"mlm_loss_on": "all", "fusion": "gap_add", "false_negatives": "none"}, torch.float64, False),
+    ({}, torch.float32, False),
+    ({"global_alignment": False}, torch.float64, True),
+    ({"global_alignment": False, "fusion": "gap_add"}, torch.float64, True),
 ]
 LENGTHS = (9, 14, 5, 11, 6, 20, 3, 8)
 
@@ -45,17 +50,28 @@ def step(model, inputs):
     output = model(**inputs)
     output.loss.backward()
     names = ("loss", "loss_image", "loss_report", "loss_global", "loss_local")
-    losses = {n: output[n].detach() for n in names if output[n] is not None}
+    losses = {n: output[n].detach() for n in names if n in output}
     return losses, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def shared_step(settings, dtype, rank, world):
+def sharded(model):
+    """FSDP as accelerate wraps a model: the modules it names, and what is left."""
+    for module in list(model.modules()):
+        if type(module).__name__ in model._no_split_modules:
+            fully_shard(module)
+    return fully_shard(model)
+
+
+def shared_step(settings, dtype, shard, rank, world):
     """What `step` gives, with losses averaged over the processes."""
-    model = DistributedDataParallel(build(**(NO_DROPOUT | settings)).to(dtype))
+    model = build(**(NO_DROPOUT | settings)).to(dtype)
+    model = sharded(model) if shard else DistributedDataParallel(model)
     losses, gradients = step(model, own_share(global_batch(dtype), rank, world))
     for loss in losses.values():
         dist.all_reduce(loss)
         loss /= world
+    if shard:
+        gradients = {n: g.full_tensor() for n, g in gradients.items()}
     gradients = {n.removeprefix("module."): g.clone() for n, g in gradients.items()}
     return {"losses": losses, "gradients": gradients}
 
@@ -72,7 +88,7 @@ def main():
         rank=rank,
         world_size=world,
     )
-    found = [shared_step(settings, dtype, rank, world) for settings, dtype in CASES]
+    found = [shared_step(*case, rank, world) for case in CASES]
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
     # Neither may leave while the other still uses their connection.
