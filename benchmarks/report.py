@@ -111,7 +111,7 @@ def goal_table(rows: Sequence[Row], dtype: str, goals: Sequence[Goal]) -> Table:
         row = min(mine, key=lambda row: row["ratio"]) if measured else None
         names = [f"**{n}**" if row and n == row["baseline"] else n for n in goal.against]
         figures = _figures(row) if row else (NOT_MEASURED, "", "")
-        least = "" if row is None else f"{row['ratio_at_gemm_rate']:.2f} ×"
+        least = "" if row is None else f"{_ratio_at_gemm_rate(row):.2f} ×"
         what = (f"`{goal.operator}`", str(goal.shape), " · ".join(names))
         judgement = _judgement(goal, row) if judged else ()
         lines.append((*what, *judgement, figures[0], least, *figures[1:]))
@@ -216,11 +216,17 @@ def _figures(row: Row) -> tuple[str, str, str]:
     ratio = f"{row['ratio']:.2f} × [{row['ratio_p20']:.2f}, {row['ratio_p80']:.2f}]"
     work, memory = [], []
     for name in ("ours", "baseline"):
-        rate, share = row[f"{name}_gflops"], row[f"{name}_gemm_share"]
-        work.append("—" if rate is None else f"{rate:.0f} ({share:.0%})")
+        rate, gemm = row[f"{name}_gflops"], row.machine["gemm_gflops"][row["dtype"]]
+        work.append("—" if rate is None else f"{rate:.0f} ({rate / gemm:.0%})")
         peak = row[f"{name}_peak_bytes"]
         memory.append("—" if peak is None else f"{peak / 1e6:.0f}")
     return ratio, " · ".join(work), " · ".join(memory)
+
+
+def _ratio_at_gemm_rate(row: Row) -> float:
+    """The ratio if our call took its matrix products at the machine's GEMM rate, and no more."""
+    gemm = row.machine["gemm_gflops"][row["dtype"]]
+    return row["baseline_ms"] / (1e3 * row["ours_done_gflop"] / gemm)
 
 
 def _machine(rows: Sequence[Row]) -> str:

@@ -44,7 +44,7 @@ class Case:
     uses_dot: bool = True
 
     def digest(self) -> str:
-        """Of the kernel's source with all that it calls, this configuration and Triton's version."""
+        """Of the kernel's source and all that it calls, this configuration, Triton's version."""
         what = (self.kernel.cache_key, sorted(self.signature.items()))
         what += (sorted(self.constexprs.items()), self.num_warps, self.num_stages)
         what += (self.generation, triton.__version__)

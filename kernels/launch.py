@@ -1,4 +1,4 @@
-"""How kernels are launched: block sizes, warps and stages, from a table beside each operator's file.
+"""How kernels are launched: block sizes, warps, stages, from a table beside each operator's file.
 
 `<stem>.json` holds {kernel: {generation: {dtype: {bucket: launch}}}}, where a launch has the names
 of the kernel's constexpr block sizes, and num_warps and num_stages. The table is read, never tuned

@@ -17,7 +17,7 @@ from .manifest import Manifest
 from .mimic_cxr import read_mimic_cxr
 from .synthetic.write import write_raw
 
-SYNTHETIC_PAIRS = 4000
+SYNTHETIC_PAIRS = 4400
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -45,7 +45,7 @@ class GlobalLocalAlignment(nn.Module):
         if config.global_active:
             self.image_global = ProjectionHead(image, size, eps)
             self.text_global = ProjectionHead(text, size, eps)
-            self.logit_scale = nn.Parameter(torch.empty(()))
+            self.logit_scale = nn.Parameter(torch.empty(1))  # FSDP takes no scalars
         if config.local_active:
             # Heads start with outputs of unit variance: with this factor ⟨w, v⟩ has it too.
             # Normalised vectors would give a flat softmax, unscaled ones a saturated one.
@@ -58,7 +58,7 @@ class GlobalLocalAlignment(nn.Module):
 
         A plain clamp would have no gradient above its bound, and so never come back.
         """
-        scale = self.logit_scale.exp()
+        scale = self.logit_scale.exp().squeeze()
         return scale - (scale - _MAX_LOGIT_SCALE).clamp(min=0).detach()
 
     def global_loss(self, image_embeds: Tensor, text_embeds: Tensor, report_ids: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mpma_ext._C
-import mpma_ext.kernels
 import pytest
 import torch
+
+import mpma_ext._C
+import mpma_ext.kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = Path(mpma_ext._C.__file__)

@@ -243,7 +243,8 @@ def test_available_backends_and_report():
 
 
 def test_a_backend_that_is_not_there_says_why():
-    for backend, reason in (("cuda", "serves cuda tensors"), ("triton", "under TRITON_INTERPRET=1")):
+    reasons = {"cuda": "serves cuda tensors", "triton": "under TRITON_INTERPRET=1"}
+    for backend, reason in reasons.items():
         for name in CALLS:
             with pytest.raises(ValueError, match=f'{name}: backend="{backend}".*{reason}'):
                 run(name, operands(name), backend=backend)

@@ -12,14 +12,13 @@ from small_model import NO_DROPOUT, build, make_batch
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-# Settings, dtype, and whether each process holds a share of the weights (FSDP) or all (DDP). FSDP
-# takes no scalar parameter, such as the temperature of the global alignment.
+# Settings, dtype, and whether each process holds a share of the weights (FSDP) or all (DDP).
 CASES = [
     ({}, torch.float64, False),
     ({"local_alignment": "max", "alignment_view": "full"}, torch.float64, False),
     ({"mlm_loss_on": "all", "fusion": "gap_add", "false_negatives": "none"}, torch.float64, False),
     ({}, torch.float32, False),
-    ({"global_alignment": False}, torch.float64, True),
+    ({}, torch.float64, True),
     ({"global_alignment": False, "fusion": "gap_add"}, torch.float64, True),
 ]
 LENGTHS = (9, 14, 5, 11, 6, 20, 3, 8)
