@@ -43,14 +43,14 @@ struct RealRows {
   int64_t items, length, width, stride;  // stride: distance of rows, zeros beyond the width
   std::vector<int64_t> start;            // (items + 1): the rows of item i are start[i] to start[i + 1]
   std::vector<int32_t> position;         // where in its item each row stood
-  Buffer<T> data;
+  const T* data;                         // the operand's own memory where its rows lie as they are wanted
 
   RealRows(const Tensor& operand, const std::optional<Tensor>& mask, int64_t stride)
       : RealRows(in_type(operand, compute_type(operand)), positions(operand, mask), stride) {}
 
   int64_t rows() const { return start[items]; }
   int64_t count(int64_t item) const { return start[item + 1] - start[item]; }
-  const T* item(int64_t i) const { return data.get() + start[i] * stride; }
+  const T* item(int64_t i) const { return data + start[i] * stride; }
 
   int64_t largest_count() const {
     int64_t largest = 0;
@@ -117,22 +117,35 @@ struct RealRows {
 
   RealRows(const Tensor& tensor, Positions p, int64_t stride)
       : items(tensor.size(0)), length(tensor.size(1)), width(tensor.size(2)), stride(stride), start(std::move(p.start)),
-        position(std::move(p.position)), data(rows() * stride) {
-    const T* source = tensor.template const_data_ptr<T>();
-    const int64_t by_item = tensor.stride(0), by_row = tensor.stride(1), by_column = tensor.stride(2);
+        position(std::move(p.position)), operand_(tensor), copy_(lies_as_wanted() ? 0 : rows() * stride) {
+    data = lies_as_wanted() ? tensor.template const_data_ptr<T>() : copy_.get();
+    if (!lies_as_wanted()) copy();
+  }
+
+  bool lies_as_wanted() const {
+    return rows() == items * length && stride == width && operand_.stride(2) == 1 && operand_.stride(1) == stride &&
+           operand_.stride(0) == length * stride;
+  }
+
+  void copy() {
+    const T* source = operand_.template const_data_ptr<T>();
+    const int64_t by_item = operand_.stride(0), by_row = operand_.stride(1), by_column = operand_.stride(2);
     torch::stable::parallel_for(0, items, grain(length * width), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         for (int64_t row = start[i]; row < start[i + 1]; ++row) {
           const T* from = source + i * by_item + position[row] * by_row;
-          T* to = data.get() + row * this->stride;
+          T* to = copy_.get() + row * stride;
           if (by_column == 1)
             std::memcpy(to, from, width * sizeof(T));
           else
             for (int64_t d = 0; d < width; ++d) to[d] = from[d * by_column];
-          std::fill(to + width, to + this->stride, T(0));
+          std::fill(to + width, to + stride, T(0));
         }
     });
   }
+
+  Tensor operand_;
+  Buffer<T> copy_;
 };
 
 }  // namespace mpma::cpu

@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_patch_max_similarity(
   const Tensor token_index = torch::stable::new_empty(tokens, {reports, images, patches.size(1)}, ScalarType::Int);
   const auto run = [&](auto number, auto forward) {
     using T = decltype(number);
-    const int64_t stride = portable::row_distance(tokens.size(2));
+    const int64_t stride = portable::padded(tokens.size(2));
     forward(
         RealRows<T>(tokens, token_mask, stride), RealRows<T>(patches, patch_mask, stride),
         tokens_to_patches.mutable_data_ptr<T>(), patches_to_tokens.mutable_data_ptr<T>(),
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor> token_patch_max_similarity_backward(
   check_index(token, grad_of_patches, patches, tokens, "token_index");
   const auto run = [&](auto number, auto backward) -> std::tuple<Tensor, Tensor> {
     using T = decltype(number);
-    const int64_t stride = portable::row_distance(tokens.size(2));
+    const int64_t stride = portable::padded(tokens.size(2));
     const RealRows<T> w(tokens, token_mask, stride), v(patches, patch_mask, stride);
     const MaxSide<T> of_tokens(w, patch, grad_of_tokens, v.items), of_patches(v, token, grad_of_patches, 1);
     const auto grad_w = zeros<T>(need_tokens ? w.rows() * stride : 0);

@@ -115,11 +115,11 @@ void add_pair(const MaxSide<T>& own, const MaxSide<T>& other, int64_t i, int64_t
   const T to_mine = own.grad[pair] / mine.count(i), to_theirs = other.grad[pair] / theirs.count(j);
   for (int64_t row = mine.start[i]; row < mine.start[i + 1]; ++row)
     add_row(
-        to_mine, theirs.data.get() + other.row_at(j, by_mine[mine.position[row]]) * theirs.stride,
+        to_mine, theirs.data + other.row_at(j, by_mine[mine.position[row]]) * theirs.stride,
         grad + row * mine.stride, mine.width);
   for (int64_t row = theirs.start[j]; row < theirs.start[j + 1]; ++row)
     add_row(
-        to_theirs, theirs.data.get() + row * theirs.stride,
+        to_theirs, theirs.data + row * theirs.stride,
         grad + own.row_at(i, by_theirs[theirs.position[row]]) * mine.stride, mine.width);
 }
 

@@ -38,7 +38,7 @@ SimilarityProblem<T> problem_of(
   const auto& words = problem.tokens;
   torch::stable::parallel_for(0, words.rows(), grain(words.width), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const T* w = words.data.get() + row * stride;
+      const T* w = words.data + row * stride;
       problem.token_square[row] = portable::similarity::dot(w, w, words.width);
     }
   });

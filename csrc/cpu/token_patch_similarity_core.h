@@ -345,7 +345,7 @@ void backward(const SimilarityProblem<T>& problem, const T* grad, T* grad_tokens
   torch::stable::parallel_for(0, tokens.rows(), cpu::grain(tokens.width), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t d = 0; d < tokens.width; ++d)
-        grad_tokens[row * tokens.stride + d] += sum_of_itself[row] * tokens.data.get()[row * tokens.stride + d];
+        grad_tokens[row * tokens.stride + d] += sum_of_itself[row] * tokens.data[row * tokens.stride + d];
   });
 }
 
