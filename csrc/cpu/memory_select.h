@@ -21,19 +21,19 @@ inline Vector<Integer<T>> keys_of(Vector<T> scores) {
 }
 
 template <class T>
+inline Integer<T> key_of(T score) {
+  Integer<T> bits;
+  score += T(0);
+  std::memcpy(&bits, &score, sizeof bits);
+  return score == score ? bits ^ ((bits >> (8 * sizeof(T) - 1)) & kLargestKey<T>) : kLargestKey<T>;
+}
+
+template <class T>
 inline T score_of(Integer<T> key) {
   const Integer<T> bits = key < 0 ? key ^ kLargestKey<T> : key;
   T score;
   std::memcpy(&score, &bits, sizeof score);
   return score;
-}
-
-template <class I>
-inline bool any_lane(Vector<I> mask) {
-  const auto lanes = (Vector<int64_t>)mask;
-  int64_t any = lanes[0];
-  for (int i = 1; i < kWidth<int64_t>; ++i) any |= lanes[i];
-  return any != 0;
 }
 
 // A cut such that at least k of n keys are not below it and fewer than k above it. keys is writable up to the next
@@ -87,9 +87,11 @@ template <class T>
 struct SelectScratch {
   cpu::Buffer<Integer<T>> keys;
   cpu::Buffer<int32_t> slots, blocks;
+  cpu::Buffer<uint32_t> hits;
 
   SelectScratch(int64_t tile, int64_t k)
-      : keys(tile + k + kSelectBlock), slots(tile + k + 1), blocks(tile / kSelectBlock + 2) {}
+      : keys(tile + k + kSelectBlock), slots(tile + k + 1), blocks(tile / kSelectBlock + 2),
+        hits(tile / kSelectBlock + 2) {}
 };
 
 // Scales a tile of scores and returns a lower bound of the k-th largest: the k-th largest of the maxima of at least 2k
@@ -124,31 +126,31 @@ inline void select_tile(
   using I = Integer<T>;
   I *pool = scratch.keys.get(), floor = scale_and_bound(scores, n, k, scale, pool);
   int32_t *slots = scratch.slots.get(), *blocks = scratch.blocks.get();
+  uint32_t* hits = scratch.hits.get();
   if (kept.count == k && kept.smallest > floor) floor = kept.smallest;
 
-  // Blocks with a score not below the cut are listed without a branch, since no predictor can know them.
+  // Blocks with a score not below the cut are listed without a branch, since no predictor can know them, with a bit for
+  // each such score.
   const T cut = score_of<T>(floor);
-  int64_t hits = 0;
+  int64_t listed = 0;
   for (int64_t i = 0; i < n; i += kSelectBlock) {
-    Vector<I> any = {};
-    for (int64_t j = 0; j < kSelectBlock; j += kWidth<T>) any |= ~(load(scores + i + j) < cut);
-    blocks[hits] = static_cast<int32_t>(i);
-    hits += any_lane<I>(any);
+    uint32_t bits = 0;
+    for (int64_t j = 0; j < kSelectBlock; j += kWidth<T>) bits |= lane_bits<I>(~(load(scores + i + j) < cut)) << j;
+    if (n - i < kSelectBlock) bits &= (1u << (n - i)) - 1;
+    blocks[listed] = static_cast<int32_t>(i);
+    hits[listed] = bits;
+    listed += bits != 0;
   }
 
   std::memcpy(pool, kept.keys, kept.count * sizeof(I));
   std::memcpy(slots, kept.slots, kept.count * sizeof(int32_t));
   int64_t count = kept.count;
-  for (int64_t b = 0; b < hits; ++b) {
-    I keys[kSelectBlock];
-    for (int64_t j = 0; j < kSelectBlock; j += kWidth<T>) store(keys + j, keys_of<T>(load(scores + blocks[b] + j)));
-    const int64_t inside = n - blocks[b] < kSelectBlock ? n - blocks[b] : kSelectBlock;
-    for (int64_t j = 0; j < inside; ++j) {
-      pool[count] = keys[j];
-      slots[count] = static_cast<int32_t>(slot0 + blocks[b] + j);
-      count += keys[j] >= floor;
+  for (int64_t b = 0; b < listed; ++b)
+    for (uint32_t bits = hits[b]; bits != 0; bits &= bits - 1) {
+      const int64_t i = blocks[b] + __builtin_ctz(bits);
+      pool[count] = key_of(scores[i]);
+      slots[count++] = static_cast<int32_t>(slot0 + i);
     }
-  }
 
   I last = kSmallestKey<T>;
   int64_t ties = count;

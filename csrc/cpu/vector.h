@@ -57,6 +57,22 @@ inline T sum_lanes(Vector<T> v) {
   return fold_lanes<T>(v, Sum{})[0];
 }
 
+// A bit a lane of a comparison's result.
+template <typename I>
+inline uint32_t lane_bits(Vector<I> mask) {
+#if !defined(__x86_64__)
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kWidth<I>; ++lane) bits |= static_cast<uint32_t>(mask[lane] != 0) << lane;
+  return bits;
+#elif MPMA_VECTOR_BYTES == 16
+  return sizeof(I) == 4 ? _mm_movemask_ps((__m128)mask) : _mm_movemask_pd((__m128d)mask);
+#elif MPMA_VECTOR_BYTES == 32
+  return sizeof(I) == 4 ? _mm256_movemask_ps((__m256)mask) : _mm256_movemask_pd((__m256d)mask);
+#else
+  return sizeof(I) == 4 ? _mm512_movepi32_mask((__m512i)mask) : _mm512_movepi64_mask((__m512i)mask);
+#endif
+}
+
 // Products of the even 32-bit lanes with a factor, as 64-bit lanes.
 inline Vector<uint64_t> multiply_even(Vector<uint32_t> x, uint32_t factor) {
 #if !defined(__x86_64__)
