@@ -121,7 +121,8 @@ class DenseBackward {
 
   static constexpr int64_t kStride = row_distance(kBackwardTile);
 
-  // About 32 tasks in all, at most 8 a head: each keeps a gradient of the query.
+  // About 32 tasks in all, at most 8 a head: each keeps a gradient of the query. A single head and few slots leave
+  // threads without work.
   static int64_t tiles_of_task(const MemoryProblem<T>& m) {
     const int64_t tiles = (m.slots + kBackwardTile - 1) / kBackwardTile;
     const int64_t tasks = std::clamp<int64_t>(32 / std::max<int64_t>(1, m.heads), 1, 8);

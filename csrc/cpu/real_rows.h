@@ -118,8 +118,13 @@ struct RealRows {
   RealRows(const Tensor& tensor, Positions p, int64_t stride)
       : items(tensor.size(0)), length(tensor.size(1)), width(tensor.size(2)), stride(stride), start(std::move(p.start)),
         position(std::move(p.position)), operand_(tensor), copy_(lies_as_wanted() ? 0 : rows() * stride) {
-    data = lies_as_wanted() ? tensor.template const_data_ptr<T>() : copy_.get();
-    if (!lies_as_wanted()) copy();
+    if (lies_as_wanted()) {
+      data = tensor.template const_data_ptr<T>();
+    } else {
+      copy();
+      data = copy_.get();
+      operand_ = Tensor();
+    }
   }
 
   bool lies_as_wanted() const {

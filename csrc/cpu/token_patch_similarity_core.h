@@ -13,6 +13,21 @@ T dot(const T* x, const T* y, int64_t n) {
   return sum_lanes<T>(sum);
 }
 
+// Whether |c|^2 of an image with so many patches comes by its Gram matrix.
+template <typename T>
+bool goes_by_gram(const cpu::RealRows<T>& patches, int64_t count) {
+  return count <= 2 * patches.width;
+}
+
+// Rows of the largest Gram matrix that is formed.
+template <typename T>
+int64_t gram_rows(const cpu::RealRows<T>& patches) {
+  int64_t largest = 0;
+  for (int64_t i = 0; i < patches.items; ++i)
+    if (goes_by_gram(patches, patches.count(i))) largest = std::max(largest, patches.count(i));
+  return largest;
+}
+
 // Scratch of one thread, and what it computed last. Rows of (tokens, patches) are `stride` apart; columns beyond the
 // patches, up to a whole vector, count as patches of score 0 that no token attends to.
 template <typename T>
@@ -21,12 +36,11 @@ class Pair {
   Pair(const SimilarityProblem<T>& problem, bool backward)
       : problem_(problem), tokens_(problem.tokens), patches_(problem.patches), backward_(backward),
         stride_(row_distance(patches_.largest_count())), most_tokens_(tokens_.largest_count()),
-        transposed_(patches_.width * (stride_ + kPanel<T>)), gram_(patches_.largest_count() * stride_), hidden_(stride_),
+        transposed_(patches_.width * (stride_ + kPanel<T>)), gram_(gram_rows(patches_) * stride_), hidden_(stride_),
         scores_(most_tokens_ * stride_), a_(most_tokens_ * stride_), b_(most_tokens_ * stride_),
         product_(most_tokens_ * std::max(stride_, patches_.stride)), attended_(most_tokens_ * patches_.stride),
         column_(stride_), per_token_(kPerToken * padded(most_tokens_)) {}
 
-  int64_t stride() const { return stride_; }
   bool by_gram() const { return by_gram_; }
 
   // Takes the patches of one image: V^T, and V V^T, of which only the upper half is computed. A quadratic form needs no
@@ -34,7 +48,7 @@ class Pair {
   void set_image(int64_t image) {
     v_ = patches_.item(image);
     p_ = patches_.count(image);
-    by_gram_ = p_ <= 2 * patches_.width;
+    by_gram_ = goes_by_gram(patches_, p_);
     const int64_t columns = padded(p_);
     for (int64_t p = 0; p < columns; ++p) hidden_.get()[p] = p < p_ ? T(0) : -std::numeric_limits<T>::infinity();
     patches_.transpose(image, kPanel<T>, transposed_.get());
@@ -132,7 +146,7 @@ class Pair {
 
  private:
   static constexpr T kEpsilon = T(1e-8);
-  static constexpr T kSafeTemperature = T(40);  // e^-40 is far from the smallest normal number
+  static constexpr T kSafeTemperature = T(8);  // below -8 an exponent's own rounding would show in the result
   static constexpr int64_t kPerToken = 6;
 
   static bool clamped(T square) { return square < kEpsilon * kEpsilon; }
@@ -165,7 +179,7 @@ class Pair {
           t_, std::min(kPanel<T>, p_ - p), patches_.width,
           {w_, patches_.stride, 1, transposed_.get() + p * patches_.width, kPanel<T>, scores_.get() + p, stride_},
           false);
-      for (int64_t q = p; q < std::min(p + kPanel<T>, padded(p_)); q += kWidth<T>) softmax_over_tokens(q);
+      for (int64_t q = p; q < std::min(p + kPanel<T>, p_); q += kWidth<T>) softmax_over_tokens(q);
     }
   }
 
@@ -286,7 +300,8 @@ void backward(const SimilarityProblem<T>& problem, const T* grad, T* grad_tokens
   const int64_t images_held = std::min<int64_t>(patches.items, 4 * threads);
   const int64_t rows_held = std::min(tokens.rows(), std::max(kHeldScores / stride, tokens.largest_count()));
   const cpu::Buffer<T> held(images_held * rows_held * stride), of_itself(images_held * rows_held);
-  const cpu::Buffer<T> gram(grad_patches ? images_held * patches.largest_count() * stride : 0);
+  const int64_t gram_size = grad_patches ? gram_rows(patches) * stride : 0;
+  const cpu::Buffer<T> gram(images_held * gram_size);
   std::vector<T> sum_of_itself(tokens.rows());
 
   const auto image_half = [&](int64_t image0, int64_t begin, int64_t end, int64_t report0, int64_t report1) {
@@ -296,8 +311,8 @@ void backward(const SimilarityProblem<T>& problem, const T* grad, T* grad_tokens
       if (p == 0) continue;
       pair.set_image(image);
       T* grad_image = grad_patches + (grad_patches ? patches.start[image] * patches.stride : 0);
-      T* grad_gram = gram.get() + (grad_patches ? slot * patches.largest_count() * stride : 0);
-      if (grad_patches && report0 == 0) std::fill_n(grad_gram, p * stride, T(0));
+      T* grad_gram = gram.get() + slot * gram_size;
+      if (grad_patches && report0 == 0 && pair.by_gram()) std::fill_n(grad_gram, p * stride, T(0));
       for (int64_t report = report0; report < report1; ++report) {
         if (tokens.count(report) == 0) continue;
         const int64_t row = slot * rows_held + tokens.start[report] - tokens.start[report0];
@@ -344,7 +359,7 @@ void backward(const SimilarityProblem<T>& problem, const T* grad, T* grad_tokens
   if (!grad_tokens) return;
   torch::stable::parallel_for(0, tokens.rows(), cpu::grain(tokens.width), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
-      for (int64_t d = 0; d < tokens.width; ++d)
+      for (int64_t d = 0; d < tokens.width && sum_of_itself[row] != 0; ++d)  // a NaN by itself gives no gradient
         grad_tokens[row * tokens.stride + d] += sum_of_itself[row] * tokens.data[row * tokens.stride + d];
   });
 }

@@ -8,6 +8,7 @@ ties are many.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -88,7 +89,14 @@ def largest(tensor: Tensor) -> float:
     return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
-def check(draw, generator, call: Call, dtype) -> None:
+def check_drawn(draw, generator, call: Call, dtype) -> None:
+    """`check` with any of the gradients wanted and any layouts."""
+    layouts = st.sampled_from(["contiguous", "transposed", "sliced", "inner"])
+    wanted = [name for name in call.operands if draw(st.booleans())]
+    check(generator, call, dtype, wanted, [draw(layouts) for _ in call.operands])
+
+
+def check(generator, call: Call, dtype, wanted, layouts) -> None:
     """Errors of the kernel are at most twice eager's in its dtype, three times for gradients.
 
     Eager is the definition in that dtype; for float64, in float32, its error times the ratio of
@@ -98,11 +106,6 @@ def check(draw, generator, call: Call, dtype) -> None:
     rounding of the result in its own dtype is allowed for.
     """
     kernel, definition = getattr(mpma_ext, call.function), getattr(reference, call.function)
-    wanted = [name for name in call.operands if draw(st.booleans())]
-    layouts = [
-        draw(st.sampled_from(["contiguous", "transposed", "sliced", "inner"]))
-        for _ in call.operands
-    ]
     eager_dtype = torch.float32 if dtype == torch.float64 else dtype
     shapes = [r.shape for r in outcome(call, definition, [], None, dtype=torch.float64)[0]]
     grads = [torch.randn(s, generator=generator).to(dtype).double() for s in shapes]
@@ -130,16 +133,13 @@ def check(draw, generator, call: Call, dtype) -> None:
         )
 
     draws = [moved() for _ in range(3)]
-    # The output, of which a gradient of the scores has a part, is kept in its own dtype.
-    kept = max(rounding, torch.finfo(dtype).eps)
-
     for factor, part, names in ((2, 0, [None] * len(grads)), (3, 1, wanted)):
         for got, plain, exact, name, *near in zip(
             ours[part], eager[part], truth[part], names, *(d[part] for d in draws), strict=True
         ):
             error = largest(plain - exact) * torch.finfo(dtype).eps / torch.finfo(eager_dtype).eps
             error = max(error, *(largest(n - exact) for n in near))
-            error = max(error, kept * cancelled(call, name, grads))
+            error = max(error, cancelled(call, name, grads, truth[0], rounding, dtype))
             allowed = factor * error + torch.finfo(got.dtype).eps * largest(exact)
             assert got.isfinite().all(), f"{call.function}: not finite"
             assert largest(got - exact) <= allowed, f"{largest(got - exact)} > {allowed}"
@@ -157,23 +157,24 @@ def largest_score(call: Call) -> float:
     return scale * largest(query.norm(dim=-1)) * largest(key.norm(dim=-1))
 
 
-def cancelled(call: Call, name: str | None, grads) -> float:
-    """The size of the terms that cancel in a gradient, however small is what remains of them.
+def cancelled(call: Call, name: str | None, grads, outputs, rounding, dtype) -> float:
+    """The rounding of terms that cancel in a gradient, however small is what remains of them.
 
     Attention: the gradient of a score is weight · (⟨dO, v⟩ - ⟨dO, output⟩), equal terms where one
-    key has all the weight; each is a sum of D products, and multiplies the operand that is scored.
-    Softmax similarity: the gradient of a cosine is (ĉ - cos · ŵ) / |w|, equal terms where token
-    and attended patch are parallel.
+    key has all the weight; it multiplies the operand that is scored. The output was kept in its own
+    dtype. Softmax similarity: the gradient of a cosine is (ĉ - cos · ŵ) / |w|, equal terms where
+    token and attended patch are parallel.
     """
     operands = call.operands
     if name in ("query", "key", "memory_key"):
-        query, key, value = operands.values()
+        query, key, _ = operands.values()
         scored = largest(key if name == "query" else query)
-        scale = abs(call.rest.get("scale", value.shape[-1] ** -0.5))
-        return value.shape[-1] * largest(grads[0]) * largest(value) * scored * scale
+        scale = abs(call.rest.get("scale", query.shape[-1] ** -0.5))
+        terms = (grads[0] * outputs[0]).abs().sum(-1)
+        return max(rounding, torch.finfo(dtype).eps) * largest(terms) * scored * scale
     if name == "tokens" and "pooling_temperature" in call.rest and operands["tokens"].numel():
         shortest = operands["tokens"].norm(dim=-1).min().item()
-        return call.rest["pooling_temperature"] * largest(grads[0]) / shortest
+        return rounding * call.rest["pooling_temperature"] * largest(grads[0]) / shortest
     return 0.0
 
 
@@ -206,7 +207,7 @@ def test_masked_attention(data, generator, dtype):
     )
     if shown is not None:
         call.poisoned = {"key": ~shown, "value": ~shown}
-    check(draw, generator, call, dtype)
+    check_drawn(draw, generator, call, dtype)
 
 
 @given(st.data(), generators(), st.sampled_from(DTYPES))
@@ -233,7 +234,7 @@ def test_masked_attention_varlen(data, generator, dtype):
             **scale(draw),
         },
     )
-    check(draw, generator, call, dtype)
+    check_drawn(draw, generator, call, dtype)
 
 
 @given(st.data(), generators(), st.sampled_from(DTYPES))
@@ -254,7 +255,7 @@ def test_memory_attention(data, generator, dtype):
         {"topk": topk, **dropout(draw), "scale": draw(st.sampled_from([0.125, -0.5]))},
         integers=("query", "memory_key") if exact else (),
     )
-    check(draw, generator, call, dtype)
+    check_drawn(draw, generator, call, dtype)
 
 
 def similarity(draw, generator, function: str, dtype, integers: bool) -> Call:
@@ -282,13 +283,34 @@ def similarity(draw, generator, function: str, dtype, integers: bool) -> Call:
 @given(st.data(), generators(), st.sampled_from(DTYPES))
 def test_token_patch_similarity(data, generator, dtype):
     call = similarity(data.draw, generator, "token_patch_similarity", dtype, integers=False)
-    temperatures = st.sampled_from([(4.0, 5.0), (-2.0, 0.5), (60.0, 1.0)])
+    temperatures = st.sampled_from([(4.0, 5.0), (-2.0, 0.5), (8.0, 1.0), (60.0, 1.0)])
     attention, pooling = data.draw(temperatures)
     call.rest |= {"attention_temperature": attention, "pooling_temperature": pooling}
-    check(data.draw, generator, call, dtype)
+    check_drawn(data.draw, generator, call, dtype)
 
 
 @given(st.data(), generators(), st.sampled_from(DTYPES))
 def test_token_patch_max_similarity(data, generator, dtype):
     call = similarity(data.draw, generator, "token_patch_max_similarity", dtype, integers=True)
-    check(data.draw, generator, call, dtype)
+    check_drawn(data.draw, generator, call, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_a_wrong_gradient_is_found(dtype, factor, name, monkeypatch):
+    right = mpma_ext.masked_attention
+
+    def wrong(**arguments):
+        exact = arguments[name]
+        arguments[name] = exact.detach() + factor * (exact - exact.detach())
+        return right(**arguments)
+
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 64, 2, 64)
+    operands = {n: torch.randn(shape, generator=generator) for n in ("query", "key", "value")}
+    call = Call("masked_attention", {n: t.to(dtype).float() for n, t in operands.items()})
+    check(generator, call, dtype, list(operands), ["contiguous"] * 3)
+    monkeypatch.setattr(mpma_ext, "masked_attention", wrong)
+    with pytest.raises(AssertionError, match=">"):
+        check(generator, call, dtype, list(operands), ["contiguous"] * 3)
