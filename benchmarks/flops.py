@@ -51,27 +51,22 @@ def memory(
 def similarity(tokens: int, images: int, patches: int, width: int, *, backward: bool) -> Work:
     """Softmax similarity of `tokens` real tokens with every image.
 
-    Scores take u = 2·tokens·images·P·D. The norm of the attended patch takes u · min(1, P/D) by
-    the patch's features or by the Gram matrix. The backward takes twice that, and again what the
-    forward took.
-
-    By the Gram matrix, up to P = 2 D, a symmetric half of it is enough for the norm itself and for
-    its own gradient. Gram matrices, P/tokens of u, are left out of what is needed.
+    Scores take u = 2·tokens·images·P·D. The norm of the attended patch takes u by its features, or
+    half a product with the Gram matrix and half that matrix; the backward of the features 2 u, that
+    of the Gram form the whole product, half of one and the rest of the matrix's. Of both ways the
+    cheaper one is needed, and the kernel's own, by the Gram matrix up to P = 2 D, is done. The
+    scores' own backward takes 2 u.
     """
     scores = 2 * tokens * images * patches * width
-    needed = scores + 2 * tokens * images * patches * min(width, patches)
-    gram = 2 * tokens * images * patches * patches
-    if patches <= 2 * width:
-        matrix = images * patches * patches * width
-        forward = scores + gram // 2 + matrix
-        again = scores + gram + matrix
-        gradients = 2 * scores + gram // 2 + 2 * matrix
-    else:
-        forward = again = 2 * scores
-        gradients = 4 * scores
+    gram, matrix = 2 * tokens * images * patches**2, images * patches**2 * width
+    context = (scores, scores, 2 * scores)  # forward, the forward again, gradients
+    by_gram = (gram // 2 + matrix, gram + matrix, gram // 2 + 2 * matrix)
+    cheaper = min(scores, gram // 2 + matrix)
+    own = by_gram if patches <= 2 * width else context
     if not backward:
-        return Work(needed, forward)
-    return Work(3 * needed, forward + again + gradients)
+        return Work(scores + cheaper, scores + own[0])
+    least = min(3 * scores, 3 * gram // 2 + 3 * matrix)
+    return Work(3 * scores + least, 4 * scores + sum(own))
 
 
 def max_similarity(

@@ -32,7 +32,7 @@ def _similarity(shape: Similarity, loop: float) -> list[Goal]:
     return [
         Goal("token_patch_similarity", shape, ("field",), loop),
         Goal("token_patch_similarity", shape, ("eager", "eager_context"), 1.3),
-        Goal("token_patch_max_similarity", shape, ("eager",), 2.5),
+        Goal("token_patch_max_similarity", shape, ("eager", "eager_indexed"), 2.5),
     ]
 
 
@@ -46,5 +46,5 @@ GOALS = (
     *_attention(50, padded=1.3, unpadded=1.15),
     *_attention(128, padded=1.3, unpadded=1.15),
     *_attention(197, padded=1.15, unpadded=1.0),
-    Goal("masked_attention_varlen", Reports(64), ("sdpa",), 2.0),
+    Goal("masked_attention_varlen", Reports(64), ("sdpa", "sdpa_loop"), 2.0),
 )

@@ -13,7 +13,7 @@ from benchmarks.timing import Clock
 
 ROOT = Path(__file__).resolve().parents[1]
 GEMM_SIDE = {"cpu": 1536, "cuda": 8192}
-GEMM_TRIAL_SIDE, GEMM_RUNS = 256, 8
+GEMM_TRIAL_SIDE, GEMM_RUNS = 256, 3
 
 
 def describe(device: str) -> dict[str, object]:

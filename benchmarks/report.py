@@ -216,8 +216,8 @@ def _figures(row: Row) -> tuple[str, str, str]:
     ratio = f"{row['ratio']:.2f} × [{row['ratio_p20']:.2f}, {row['ratio_p80']:.2f}]"
     work, memory = [], []
     for name in ("ours", "baseline"):
-        rate, gemm = row[f"{name}_gflops"], row.machine["gemm_gflops"][row["dtype"]]
-        work.append("—" if rate is None else f"{rate:.0f} ({rate / gemm:.0%})")
+        rate = row[f"{name}_gflops"]
+        work.append("—" if rate is None else f"{rate:.0f} ({rate / _gemm(row):.0%})")
         peak = row[f"{name}_peak_bytes"]
         memory.append("—" if peak is None else f"{peak / 1e6:.0f}")
     return ratio, " · ".join(work), " · ".join(memory)
@@ -225,8 +225,13 @@ def _figures(row: Row) -> tuple[str, str, str]:
 
 def _ratio_at_gemm_rate(row: Row) -> float:
     """The ratio if our call took its matrix products at the machine's GEMM rate, and no more."""
-    gemm = row.machine["gemm_gflops"][row["dtype"]]
-    return row["baseline_ms"] / (1e3 * row["ours_done_gflop"] / gemm)
+    return row["baseline_ms"] / (1e3 * row["ours_done_gflop"] / _gemm(row))
+
+
+def _gemm(row: Row) -> float:
+    """GFLOP/s that are to be had: the CPU kernels may multiply bfloat16 in float32."""
+    rates = row.machine["gemm_gflops"]
+    return max(rates.values()) if row["backend"] == "cpu" else rates[row["dtype"]]
 
 
 def _machine(rows: Sequence[Row]) -> str:

@@ -10,7 +10,7 @@ from benchmarks.baselines import masked_attention, memory_attention, token_patch
 BASELINES = {
     "masked_attention": masked_attention.BASELINES,
     "masked_attention_qkvpacked": masked_attention.BASELINES,
-    "masked_attention_varlen": masked_attention.BASELINES,
+    "masked_attention_varlen": masked_attention.PACKED_BASELINES,
     "memory_attention": memory_attention.BASELINES,
     "token_patch_similarity": token_patch_similarity.BASELINES,
     "token_patch_max_similarity": token_patch_similarity.MAX_BASELINES,

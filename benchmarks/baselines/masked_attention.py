@@ -8,7 +8,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from benchmarks.baselines.compiled import compiled
 
@@ -49,4 +49,16 @@ def sdpa(
     return output.transpose(1, 2).contiguous()
 
 
+def sdpa_loop(query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor) -> Tensor:
+    """PyTorch's fused attention a sample at a time, without its padding; self-attention only."""
+    lengths, longest = key_padding_mask.sum(1).tolist(), query.shape[1]
+    outputs = []
+    for *operands, length in zip(query, key, value, lengths, strict=True):
+        q, k, v = (x[None, :length].transpose(1, 2) for x in operands)
+        output = scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+        outputs.append(pad(output, (0, 0, 0, 0, 0, longest - length)))
+    return torch.stack(outputs)
+
+
 BASELINES = {"field": field, "eager": eager, "compiled": compiled(eager), "sdpa": sdpa}
+PACKED_BASELINES = BASELINES | {"sdpa_loop": sdpa_loop}

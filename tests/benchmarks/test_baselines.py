@@ -42,6 +42,15 @@ def test_masked_attention(name, masked):
     assert_close(both("masked_attention", name, mask, size, query=size, key=size, value=size))
 
 
+def test_a_sample_at_a_time():
+    size, real = (3, 7, 2, 5), prefixes(7, 4, 1)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(3))
+    loop = BASELINES["masked_attention_varlen"]["sdpa_loop"](q, k, v, key_padding_mask=real)
+    expected = reference.masked_attention(q, k, v, key_padding_mask=real)
+    torch.testing.assert_close(loop[real], expected[real], **CLOSE)
+
+
 BOTH, KEPT, DENSE = (None, 3), (3,), (None,)
 MEMORY_FORMS = {
     "field": BOTH,

@@ -100,11 +100,18 @@ def test_operations_counted_by_hand():
     assert flops.similarity(6, 2, 5, 2, backward=True) == Work(6 * u, 8 * u)
     # Of width 12, by the Gram matrix: 2·6·2·5·5 for a product with it, 2·2·5·5·12 to form it.
     u, gram, matrix = 1440, 600, 1200
-    forward = Work(u + gram, u + gram // 2 + matrix // 2)
-    assert flops.similarity(6, 2, 5, 12, backward=False) == forward
-    # Its gradient once more against the patches.
-    both = Work(3 * (u + gram), 4 * u + 2 * gram + 2 * matrix)
-    assert flops.similarity(6, 2, 5, 12, backward=True) == both
+    forward = u + gram // 2 + matrix // 2
+    assert flops.similarity(6, 2, 5, 12, backward=False) == Work(forward, forward)
+    # The scores, the product and the matrix again; the product's and the matrix's gradients.
+    done = 4 * u + 2 * gram + 2 * matrix
+    assert flops.similarity(6, 2, 5, 12, backward=True) == Work(
+        3 * u + 3 * gram // 2 + 3 * matrix // 2, done
+    )
+    every = [(t, p, d) for t in (8, 64) for p in (49, 196, 361) for d in (64, 128, 768)]
+    for tokens, patches, width in every:
+        for backward in (False, True):
+            work = flops.similarity(16 * tokens, 16, patches, width, backward=backward)
+            assert work.needed <= work.done
     # 2 reports of 6 tokens in all: 12 maxima over patches, 12 over tokens.
     most = 36 * 10 + 4 * 24 * 5
     assert flops.max_similarity(2, 6, 2, 3, 5, backward=True) == Work(most, most)

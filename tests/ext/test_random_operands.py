@@ -70,7 +70,7 @@ def outcome(call: Call, function: Callable, wanted, grads, *, dtype, layouts=Non
     """Results and the wanted gradients of one evaluation in `dtype`."""
     leaves, views = {}, {}
     for number, (name, operand) in enumerate(call.operands.items()):
-        values = operand.to(dtype)
+        values = operand.detach().to(dtype)
         if poison and name in call.poisoned:
             values = values.clone()
             values[call.poisoned[name]] = (torch.nan, torch.inf)[number % 2]
