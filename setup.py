@@ -107,7 +107,7 @@ if __name__ == "__main__":
             "mpma_ext.kernels",
         ],
         package_dir={"mpma_ext.kernels": "kernels"},
-        package_data={"mpma_train": ["configs/*.yaml"]},
+        package_data={"mpma_train": ["configs/*.yaml"], "mpma_ext.kernels": ["*.json"]},
         ext_modules=extensions(),
         cmdclass={"build_ext": BuildExtension},
         options={"bdist_wheel": {"py_limited_api": "cp311"}},

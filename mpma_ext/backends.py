@@ -32,6 +32,11 @@ COMPILED = {
     for backend, key in (("cpu", "CPU"), ("cuda", "CUDA"))
 }
 
+# Each family has one file of Triton kernels but the similarities, which have one a form.
+KERNEL_FILES = {name: name for name in OPERATORS} | {
+    "masked_attention_qkvpacked": "masked_attention",
+    "masked_attention_varlen": "masked_attention",
+}
 # Triton's interpreter, which runs its kernels on CPU tensors, is chosen when Triton is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -83,6 +88,8 @@ def triton_refusal(operator: str, tensor: torch.Tensor) -> str | None:
     """Why the Triton kernel of an operator cannot serve a call on `tensor`, or None."""
     if not HAS_TRITON:
         return "Triton is not installed"
+    if importlib.util.find_spec(f"mpma_ext.kernels.{KERNEL_FILES[operator]}") is None:
+        return f"there is no Triton kernel of {operator} in this build"
     device = tensor.device.type
     if device == "cpu" and not INTERPRETED:
         return "it serves CPU tensors under TRITON_INTERPRET=1 only"

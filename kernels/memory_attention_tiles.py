@@ -1,0 +1,213 @@
+"""What memory attention's forward and backward share: tiles of rows, gathered rows, dropout.
+
+Everything is per head: pointers to rows come with the head's offset already added.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from mpma_ext.kernels.launch import SHARED_MEMORY, find, table
+from mpma_ext.kernels.philox import dropout_threshold, dropout_words, seed_words
+
+if TYPE_CHECKING:
+    from mpma_ext.kernels.compile import Case
+
+STEM = "memory_attention"
+LARGEST_TILE = 256  # rows
+# Kernels are compiled once whatever these are: the batch changes from step to step.
+NOT_SPECIALIZED = ["rows", "first", "threshold"]
+# What is compiled: with PRECISION for float32, and without a seed or with one.
+DROPOUT_VARIANTS = {
+    "": {"PRECISION": "tf32x3", "seed": None},
+    " dropout": {"PRECISION": "tf32x3"},
+}
+
+
+@triton.jit
+def of_head(
+    pointer,  # (rows, heads, width)
+    head,
+    by_head,
+):
+    """Pointer to a head's first row; 64-bit, since an operand may pass 2**31 elements."""
+    return pointer + head.to(tl.int64) * by_head
+
+
+@triton.jit
+def row_pointers(
+    pointer,  # (rows, width)
+    first,
+    by_row,
+    real,  # (M) bool
+    width,
+    BLOCK_D: tl.constexpr,
+):
+    """Pointers to M rows from the first on, (M, BLOCK_D), and which elements are there.
+
+    Within a tile 32 bits do (see `in_place`), and take half the registers.
+    """
+    d = tl.arange(0, BLOCK_D)
+    offset = tl.arange(0, real.shape[0])[:, None] * by_row + d[None]
+    return pointer + tl.cast(first, tl.int64) * by_row + offset, real[:, None] & (d < width)[None]
+
+
+@triton.jit
+def load_rows(pointer, first, by_row, real, width, BLOCK_D: tl.constexpr):
+    """A tile (M, BLOCK_D); 0 for what is not real."""
+    place, there = row_pointers(pointer, first, by_row, real, width, BLOCK_D)
+    return tl.load(place, mask=there, other=0)
+
+
+@triton.jit
+def store_rows(pointer, first, by_row, real, tile, width, BLOCK_D: tl.constexpr):
+    """Writes a tile (M, BLOCK_D) in the pointer's dtype."""
+    place, there = row_pointers(pointer, first, by_row, real, width, BLOCK_D)
+    tl.store(place, tile.to(pointer.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def gather_rows(
+    pointer,  # (rows, width)
+    number,  # (M, C) or (M)
+    by_row,
+    real,  # like number
+    width,
+    BLOCK_D: tl.constexpr,
+):
+    """Rows by their numbers in float32, (M, C, BLOCK_D) or (M, BLOCK_D); 0 for what is not real."""
+    d = tl.arange(0, BLOCK_D)
+    place = pointer + tl.expand_dims(number.to(tl.int64) * by_row, -1) + d
+    there = tl.expand_dims(real, -1) & (d < width)
+    return tl.load(place, mask=there, other=0).to(tl.float32)
+
+
+@triton.jit
+def keep_slots(
+    seed,  # (1) int64
+    threshold,
+    row,  # (M) int64
+    head,
+    slot,  # (M, C)
+):
+    """Which weights of rows on any slots dropout keeps (M, C)."""
+    low, high = seed_words(seed)
+    c2, c3 = (row & 0xFFFFFFFF)[:, None], (row >> 32)[:, None]
+    w0, w1, w2, w3 = dropout_words(low, high, slot // 4, head, c2, c3)
+    even, odd = tl.where(slot % 4 == 0, w0, w2), tl.where(slot % 4 == 1, w1, w3)
+    return tl.where(slot % 2 == 0, even, odd) >= threshold
+
+
+@triton.jit
+def keep_tile(
+    seed,  # (1) int64
+    threshold,
+    row,  # (M) int64
+    head,
+    first,
+    BLOCK_N: tl.constexpr,
+):
+    """The same (M, BLOCK_N) on the slots from `first` on, a multiple of four."""
+    low, high = seed_words(seed)
+    quad = (first // 4 + tl.arange(0, BLOCK_N // 4))[None]
+    c2, c3 = (row & 0xFFFFFFFF)[:, None], (row >> 32)[:, None]
+    w0, w1, w2, w3 = dropout_words(low, high, quad, head, c2, c3)
+    even = tl.join(w0 >= threshold, w2 >= threshold)
+    odd = tl.join(w1 >= threshold, w3 >= threshold)
+    return tl.join(even, odd).reshape(row.shape[0], BLOCK_N)
+
+
+def in_place(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied where the kernels cannot read it: a row in pieces, or rows far apart."""
+    near = tensor.stride(2) == 1 and tensor.stride(0) < 2**31 // LARGEST_TILE
+    return tensor if near else tensor.contiguous()
+
+
+def dropout_arguments(dropout_p: float, seed: torch.Tensor | None) -> dict[str, object]:
+    """How kernels are told of dropout; no seed, no dropout."""
+    dropping = dropout_p > 0
+    return {
+        "seed": seed if dropping else None,
+        "threshold": dropout_threshold(dropout_p),
+        "kept_scale": 1 / (1 - dropout_p),
+    }
+
+
+def strided(operands: dict[str, torch.Tensor], *names: str) -> dict[str, object]:
+    """Arguments for operands and their strides."""
+    arguments = {name: operands[name] for name in names}
+    for name in names:
+        of = "slot" if name in ("key", "value") else "row"
+        arguments[f"{name}_{of}"], arguments[f"{name}_head"], _ = operands[name].stride()
+    return arguments
+
+
+def block_d(width: int) -> int:
+    """Columns of a tile."""
+    return 32 if width <= 32 else 64 if width <= 64 else 128
+
+
+def block_k(topk: int) -> int:
+    """Columns of a tile of a row's best slots."""
+    return 32 if topk <= 32 else 64
+
+
+def precision() -> str:
+    """How tl.dot is to multiply: float32 as three TF32 products, unless PyTorch allows one."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def cases(
+    kernel: triton.runtime.JITFunction,
+    variants: Mapping[str, Mapping[str, object]],
+    uses_dot: bool = True,
+) -> "Iterator[Case]":
+    """A kernel in every row of its table for every generation, with 12 heads.
+
+    Widths and strides are constants, so that the compiler knows what divides them, as it does at
+    run time. So are flags and what is None, by the variant's name.
+    """
+    from mpma_ext.kernels.compile import Case  # needed by nobody who only runs kernels
+
+    names, rows = kernel.arg_names, table(STEM)[kernel.__name__]
+    for generation in SHARED_MEMORY:
+        for dtype, short in (("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32")):
+            for bucket, (variant, flags) in product(rows["sm86"]["float32"], variants.items()):
+                row = dict(find(rows, generation, dtype, bucket))
+                options = {"num_warps": row.pop("num_warps"), "num_stages": row.pop("num_stages")}
+                fixed = {**_constants(names, bucket), **row, **flags}
+                yield Case(
+                    name=f"{STEM}.{kernel.__name__} {dtype} {bucket}{variant}",
+                    kernel=kernel,
+                    signature={name: _type(name, short) for name in names if name not in fixed},
+                    constexprs={name: value for name, value in fixed.items() if name in names},
+                    generation=generation,
+                    uses_dot=uses_dot and dtype != "float32",
+                    **options,
+                )
+
+
+def _constants(names: Iterable[str], bucket: str) -> dict[str, object]:
+    """What a bucket, the width and the columns of a tile of best slots, says of arguments."""
+    width, *best = map(int, bucket.split("x"))
+    best = best[0] if best else 32
+    fixed = {"width": width, "BLOCK_D": width, "CAPACITY": 2 * best, "BLOCK_K": best}
+    fixed |= {name: 12 * width for name in names if name.endswith(("_row", "_slot"))}
+    return fixed | {name: width for name in names if name.endswith("_head")}
+
+
+def _type(name: str, dtype: str) -> str:
+    """Triton's type of an argument."""
+    if name in ("query", "key", "value", "output") or name.startswith("grad_"):
+        return f"*{dtype}"
+    return {
+        **dict.fromkeys(("candidates", "seed", "order", "starts"), "*i64"),
+        **dict.fromkeys(("counts", "indices"), "*i32"),
+        **dict.fromkeys(("logsumexp", "delta", "coefficients"), "*fp32"),
+        **dict.fromkeys(("scale", "kept_scale"), "fp32"),
+        "threshold": "u32",
+    }.get(name, "i32")

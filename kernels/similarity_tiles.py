@@ -1,0 +1,115 @@
+"""What both forms of token-patch similarity share: the product of a tile, and what is real."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from mpma_ext.kernels.launch import SHARED_MEMORY, find, table
+
+if TYPE_CHECKING:
+    from mpma_ext.kernels.compile import Case
+
+
+@triton.jit
+def rows_of(side, item, position, within):
+    """Pointers to rows, and which of them, within bounds, are real.
+
+    A side is (rows, their strides over items and positions, mask or None, its two strides).
+    """
+    rows, by_item, by_position, mask, mask_by_item, mask_by_position = side
+    item, position = item.to(tl.int64), position.to(tl.int64)
+    real = within
+    if mask is not None:
+        offset = item * mask_by_item + position * mask_by_position
+        real = (tl.load(mask + offset, mask=within, other=0) != 0) & within
+    return rows + item * by_item + position * by_position, real
+
+
+@triton.jit
+def scores_of(
+    rows,  # (M) pointers
+    real_row,  # (M)
+    columns,  # (N) pointers
+    real_column,  # (N)
+    width,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """⟨row, column⟩ (M, N) in float32, whatever the width; 0 for what is not real."""
+    scores = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for start in range(0, width, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        within = d < width
+        of_row = real_row[:, None] & within[None]
+        of_column = real_column[None] & within[:, None]
+        a = tl.load(rows[:, None] + d[None], mask=of_row, other=0)
+        b = tl.load(columns[None] + d[:, None], mask=of_column, other=0)
+        scores = tl.dot(a, b, scores, input_precision=PRECISION)
+    return scores
+
+
+def rows_in_place(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied where the kernels could not read it row by row."""
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
+def strides(mask: torch.Tensor | None) -> tuple[int, int]:
+    """Strides of a mask that may be absent."""
+    return (0, 0) if mask is None else mask.stride()
+
+
+def precision(tensor: torch.Tensor) -> str:
+    """How tl.dot is to multiply: float32 without TF32, unless PyTorch allows it."""
+    tf32 = tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
+# Strides of 64 tokens and 196 patches of 768 features, for the compiler to see what divides them.
+ROWS = {"tokens_item": 64 * 768, "tokens_row": 768, "patches_item": 196 * 768, "patches_row": 768}
+
+
+def cases(
+    stem: str,
+    kernel: triton.runtime.JITFunction,
+    pointers: Mapping[str, str | None],
+    constants: Mapping[str, object],
+    variant: str = "",
+) -> "Iterator[Case]":
+    """A kernel in every row of its table, for every generation.
+
+    Args:
+        pointers: what they point to, "" for the operands' type; None for one that is not given.
+        constants: flags, and sizes of which the compiler is to know what divides them, as it does
+            when they are given at run time. What is named here nor in the row is an integer, or a
+            float if it is a temperature.
+        variant: tells these constants from others in the cases' names.
+    """
+    from mpma_ext.kernels.compile import Case  # needed by nobody who only runs kernels
+
+    rows = table(stem)[kernel.__name__]
+    for generation in SHARED_MEMORY:
+        for dtype, short in (("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32")):
+            for bucket in rows["sm86"]["float32"]:
+                row = dict(find(rows, generation, dtype, bucket))
+                options = {"num_warps": row.pop("num_warps"), "num_stages": row.pop("num_stages")}
+                absent = {name: None for name, type_ in pointers.items() if type_ is None}
+                fixed = {"PRECISION": "ieee", **constants, **row, **absent}
+                signature = {
+                    name: f"*{pointers[name] or short}"
+                    if name in pointers
+                    else ("fp32" if name.endswith("temperature") else "i32")
+                    for name in kernel.arg_names
+                    if name not in fixed
+                }
+                yield Case(
+                    name=f"{stem}.{kernel.__name__} {dtype} {bucket}{variant}",
+                    kernel=kernel,
+                    signature=signature,
+                    constexprs={n: v for n, v in fixed.items() if n in kernel.arg_names},
+                    generation=generation,
+                    uses_dot="PRECISION" in kernel.arg_names and dtype != "float32",
+                    **options,
+                )
