@@ -149,7 +149,8 @@ def _token_gradients(
         t = t0 + tl.arange(0, BLOCK_T)
         total = tl.load(statistics + TOTAL * count + t, mask=t < T, other=0)
         inner = tl.load(statistics + INNER * count + t, mask=t < T, other=0)
-        norm = tl.load(token_norm + report * T + t, mask=t < T, other=0)
+        # That of a masked token may be NaN.
+        norm = tl.load(token_norm + report * T + t, mask=(t < T) & (total != 0), other=0)
         square = tl.zeros((BLOCK_T,), tl.float32)
         for n0 in range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
@@ -177,7 +178,7 @@ def _token_gradients(
         inner = tl.load(statistics + INNER * count + t, mask=t < T, other=0)
         square = tl.load(statistics + SQUARE * count + t, mask=t < T, other=0)
         cosine = tl.load(statistics + COSINE * count + t, mask=t < T, other=0)
-        token = tl.load(token_norm + report * T + t, mask=t < T, other=0)
+        token = tl.load(token_norm + report * T + t, mask=(t < T) & (total != 0), other=0)
         something = total != 0
         total = tl.where(something, total, 1.0)
         share = tl.exp(pooling_temperature * cosine - logsumexp)

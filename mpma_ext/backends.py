@@ -32,11 +32,6 @@ COMPILED = {
     for backend, key in (("cpu", "CPU"), ("cuda", "CUDA"))
 }
 
-# Each family has one file of Triton kernels but the similarities, which have one a form.
-KERNEL_FILES = {name: name for name in OPERATORS} | {
-    "masked_attention_qkvpacked": "masked_attention",
-    "masked_attention_varlen": "masked_attention",
-}
 # Triton's interpreter, which runs its kernels on CPU tensors, is chosen when Triton is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -84,12 +79,10 @@ def compiled_refusal(backend: str, operator: str, tensor: torch.Tensor) -> str |
     return None
 
 
-def triton_refusal(operator: str, tensor: torch.Tensor) -> str | None:
-    """Why the Triton kernel of an operator cannot serve a call on `tensor`, or None."""
+def triton_refusal(tensor: torch.Tensor) -> str | None:
+    """Why no Triton kernel can serve a call on `tensor`, or None."""
     if not HAS_TRITON:
         return "Triton is not installed"
-    if importlib.util.find_spec(f"mpma_ext.kernels.{KERNEL_FILES[operator]}") is None:
-        return f"there is no Triton kernel of {operator} in this build"
     device = tensor.device.type
     if device == "cpu" and not INTERPRETED:
         return "it serves CPU tensors under TRITON_INTERPRET=1 only"
@@ -127,8 +120,9 @@ def choose(
     if backend is None:
         backend = getattr(_local, "backend", None)
     if backend is None:
+        avoid |= UNMEASURED
         for name, refusal in refusals.items():
-            if refusal is None and name not in avoid | UNMEASURED:
+            if refusal is None and name not in avoid:
                 return name
     refusal = refusals.get(backend, f"there is no {backend} implementation of {operator}")
     if refusal is not None:

@@ -30,9 +30,8 @@ struct RowPanels {
 
   // c (m, columns up to a whole panel) = a (m, width) times the rows row0 ... row0 + columns - 1; row0 starts a panel.
   void multiply(const T* a, int64_t m, int64_t head, int64_t row0, int64_t columns, T* c, int64_t c_row) const {
-    const T* panel = data.get() + head * per_head + row0 * width;
-    for (int64_t j = 0; j < columns; j += kPanel<T>, panel += width * kPanel<T>)
-      matmul<T>(m, kPanel<T>, width, {a, width, 1, panel, kPanel<T>, c + j, c_row}, false);
+    const T* panels = data.get() + head * per_head + row0 * width;
+    matmul_panels<T>(m, round_up(columns, kPanel<T>), width, a, width, panels, c, c_row);
   }
 };
 

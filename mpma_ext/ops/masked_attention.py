@@ -188,7 +188,7 @@ def masked_attention_varlen(
         backend,
         {
             "cuda": compiled_refusal("cuda", name, query),
-            "triton": triton_refusal(name, query) or too_wide(width, 128),
+            "triton": triton_refusal(query) or too_wide(width, 128),
             "cpu": compiled_refusal("cpu", name, query),
             "torch": "scaled_dot_product_attention takes no packed sequences",
             "reference": None,
@@ -213,7 +213,7 @@ def _choose(
 ) -> str:
     refusals = {
         "cuda": compiled_refusal("cuda", name, query),
-        "triton": triton_refusal(name, query) or too_wide(query.shape[-1], 128),
+        "triton": triton_refusal(query) or too_wide(query.shape[-1], 128),
         "cpu": compiled_refusal("cpu", name, query),
         "torch": "PyTorch's dropout does not draw the mask that dropout_seed stands for"
         if dropout_p > 0

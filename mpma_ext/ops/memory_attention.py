@@ -78,7 +78,7 @@ def memory_attention(
         backend,
         {
             "cuda": compiled_refusal("cuda", name, query),
-            "triton": triton_refusal(name, query)
+            "triton": triton_refusal(query)
             or too_wide(width, 128)
             or _too_many(None if dense else topk),
             "cpu": compiled_refusal("cpu", name, query),

@@ -122,7 +122,7 @@ def _checked(name, tokens, patches, token_mask, patch_mask):
 def _refusals(name: str, tokens: torch.Tensor) -> dict[str, str | None]:
     return {
         "cuda": compiled_refusal("cuda", name, tokens),
-        "triton": triton_refusal(name, tokens) or too_wide(tokens.shape[-1], 1024),
+        "triton": triton_refusal(tokens) or too_wide(tokens.shape[-1], 1024),
         "cpu": compiled_refusal("cpu", name, tokens),
         "torch": "PyTorch has no fused kernel of it",
         "reference": None,
