@@ -32,8 +32,8 @@ def sample(name, dtype):
 
 if __name__ == "__main__":
     (name,) = sys.argv[1:]
-    # Of float16 the softmax form makes float16 weights, for tensor cores. The definition keeps float32,
-    # and eager PyTorch in float16 gives NaN, whose clamp of a norm is 0: there is no yardstick.
+    # In float16 the softmax form makes float16 weights, for tensor cores. The definition keeps
+    # float32, and eager PyTorch's clamp of a norm is 0 there, its result NaN: no yardstick.
     half = [] if name == "token_patch_similarity" else [torch.float16]
     for dtype in (torch.float32, *half):
         call = sample(name, dtype)
