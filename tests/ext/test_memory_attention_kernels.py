@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
+from kernels_under_test import DTYPES, OPS, cpu_only
 
-import mpma_ext  # noqa: F401  registers torch.ops.mpma
 from mpma_ext.backends import COMPILED
 from mpma_ext.reference.philox import memory_dropout_keep
 
-forward = torch.ops.mpma.memory_attention
-backward = torch.ops.mpma.memory_attention_backward
+forward = OPS.memory_attention
+backward = OPS.memory_attention_backward
 SEED = torch.tensor([-(2**40) - 17])
 NAMES = ("output", "gradient of query", "gradient of memory_key", "gradient of memory_value")
 
@@ -72,15 +72,14 @@ def run(tensors, topk, *, scale=0.3, dropout_p=0.0, need=(True, True, True)):
     return output, indices, *backward(grad_output, *saved, scale, dropout_p, SEED, *need)
 
 
+@cpu_only
 def test_the_library_serves_the_operator():
     assert "memory_attention" in COMPILED["cpu"]
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
-)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_is_at_most_that_of_eager(dtype, shape, dropout_p):
     """Twice eager's in the same dtype on the same slots for the output, three times for gradients.
 
@@ -285,6 +284,7 @@ def test_dropout_draws_the_reference_mask(topk):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("topk", [0, 9])
+@cpu_only
 def test_same_bits_for_any_number_of_threads_and_every_run(topk, dropout_p):
     tensors = operands(101, 3, 16, 700)
     before = torch.get_num_threads()
@@ -301,6 +301,7 @@ def test_same_bits_for_any_number_of_threads_and_every_run(topk, dropout_p):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("topk", [0, 1, 4])
+@cpu_only
 def test_gradcheck(topk, dropout_p):
     *inputs, _ = operands(4, 2, 3, 9, dtype=torch.float64)
     leaves = [t.requires_grad_() for t in inputs]
@@ -309,6 +310,7 @@ def test_gradcheck(topk, dropout_p):
     )
 
 
+@cpu_only
 def test_operands_that_do_not_fit_are_refused():
     query, key, value, grad = operands(4, 2, 8, 10)
     with pytest.raises(RuntimeError, match="memory_key"):
@@ -327,6 +329,7 @@ def test_operands_that_do_not_fit_are_refused():
 
 
 @pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="is the run with portable vectors")
+@cpu_only
 def test_portable_vectors():
     """Machines with wide vectors never run the portable build by themselves."""
     chosen = "eager or stable_sort or softmax or threads or dropout"

@@ -8,11 +8,10 @@ rounding of the largest value costs in the dtype of the result, for where eager 
 
 import pytest
 import torch
+from kernels_under_test import DTYPES, OPS, cpu_only
 
 from mpma_ext import reference
 
-OPS = torch.ops.mpma
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 TEMPERATURES = (4.0, 5.0)
 # reports, tokens, images, patches, width
 SHAPES = {
@@ -246,6 +245,7 @@ def test_an_expanded_gradient_of_the_output():
 @FORMS
 # Enough work for two threads, with more images than one thread takes at a time.
 @pytest.mark.parametrize("shape", [(5, 33, 7, 49, 64), (9, 40, 5, 50, 12)], ids=str)
+@cpu_only
 def test_the_bits_do_not_depend_on_the_number_of_threads(form, shape):
     operands = inputs(shape)
     before = torch.get_num_threads()
@@ -293,6 +293,7 @@ class WithBackward(torch.autograd.Function):
 # The second has more than twice as many patches as features: |c|² without the Gram matrix.
 @pytest.mark.parametrize("shape", [(2, 4, 2, 5, 6), (2, 3, 2, 8, 3)], ids=str)
 @pytest.mark.parametrize("temperatures", [(4.0, 5.0), (-1.5, 0.5)], ids=str)
+@cpu_only
 def test_gradcheck(shape, temperatures):
     tokens, patches, *masks = inputs(shape, torch.float64)
     features = (tokens.requires_grad_(), patches.requires_grad_())

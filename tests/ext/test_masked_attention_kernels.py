@@ -14,12 +14,11 @@ import sys
 
 import pytest
 import torch
+from kernels_under_test import DTYPES, OPS, cpu_only
 
 from mpma_ext import reference
 
-OPS = torch.ops.mpma
 INF, NAN = float("inf"), float("nan")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # batch, queries, keys, heads, width
 SHAPES = {
     "one of everything": (1, 1, 1, 1, 1),
@@ -230,6 +229,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@cpu_only
 def test_same_bits_on_any_number_of_threads(threads):
     *operands, mask = inputs((5, 33, 40, 3, 16), torch.bfloat16)
     results = []
@@ -251,6 +251,7 @@ torch.save((output, *gradients), sys.argv[2])
 """
 
 
+@cpu_only
 def test_portable_kernels_agree(tmp_path):
     """What runs on a processor without AVX2, or under ATEN_CPU_CAPABILITY=default."""
     *operands, mask = inputs((2, 70, 300, 2, 40))
@@ -270,6 +271,7 @@ def test_portable_kernels_agree(tmp_path):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
+@cpu_only
 def test_gradcheck(p):
     query, key, value, _, mask = inputs((2, 3, 5, 2, 3), torch.float64)
     mask[1] = False
@@ -432,6 +434,7 @@ def test_no_sequences():
     assert (output == 0).all() and (logsumexp == INF).all()
 
 
+@cpu_only
 def test_what_does_not_fit_is_refused():
     query, key, value, *_ = inputs((2, 4, 5, 2, 8))
     for bad in (
