@@ -53,19 +53,4 @@ inline void store_row(Element, const double* from, int64_t width, char* to) {
   std::memcpy(to, from, width * sizeof(double));
 }
 
-template <typename A>
-inline void transpose_4x4(const A* from, int64_t from_row, A scale, A* to, int64_t to_row) {
-  typedef A Four __attribute__((vector_size(4 * sizeof(A)), aligned(sizeof(A)), may_alias));
-  const auto row = [&](int64_t i) { return reinterpret_cast<const Four*>(from + i * from_row); };
-  const auto out = [&](int64_t i) { return reinterpret_cast<Four*>(to + i * to_row); };
-  const Four low01 = __builtin_shufflevector(*row(0), *row(1), 0, 4, 1, 5);
-  const Four high01 = __builtin_shufflevector(*row(0), *row(1), 2, 6, 3, 7);
-  const Four low23 = __builtin_shufflevector(*row(2), *row(3), 0, 4, 1, 5);
-  const Four high23 = __builtin_shufflevector(*row(2), *row(3), 2, 6, 3, 7);
-  *out(0) = __builtin_shufflevector(low01, low23, 0, 1, 4, 5) * scale;
-  *out(1) = __builtin_shufflevector(low01, low23, 2, 3, 6, 7) * scale;
-  *out(2) = __builtin_shufflevector(high01, high23, 0, 1, 4, 5) * scale;
-  *out(3) = __builtin_shufflevector(high01, high23, 2, 3, 6, 7) * scale;
-}
-
 }  // namespace mpma::MPMA_ISA

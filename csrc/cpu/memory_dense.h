@@ -36,13 +36,13 @@ void dense_forward(const MemoryProblem<T>& m, T* output, T* logsumexp) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / blocks, row0 = item % blocks * kDenseBlock;
       const int64_t rows = std::min(kDenseBlock, m.rows - row0);
-      copy_rows(m.query, head, row0, rows, m.width, query.get());
+      copy_rows(m.query, head, row0, rows, m.width, query.get(), m.width);
       std::fill_n(sums.get(), rows * columns, T(0));
       std::fill_n(top, rows, kNothing);
       std::fill_n(total, rows, T(0));
       for (int64_t slot0 = 0; slot0 < m.slots; slot0 += kDenseTile) {
         const int64_t n = std::min(kDenseTile, m.slots - slot0);
-        keys.multiply(query.get(), rows, head, slot0, n, scores.get(), stride);
+        keys.multiply(query.get(), m.width, rows, head, slot0, n, scores.get(), stride);
         if (m.dropout.active()) dropout_tile(m.dropout, head, row0, rows, slot0, n, stride, 1, kept.get());
         for (int64_t i = 0; i < rows; ++i) {
           T* row = scores.get() + i * stride;
@@ -94,10 +94,9 @@ class DenseBackward {
       : m_(m), g_(g), scored_(g.query || g.key), columns_(round_up(m.width, kPanel<T>)), tiles_of_task_(tiles_of_task(m)),
         tasks_((m.slots + tiles_of_task_ * kBackwardTile - 1) / (tiles_of_task_ * kBackwardTile)),
         keys_(m.key, m.heads, m.slots, m.width), values_(m.value, m.heads, scored_ ? m.slots : 0, m.width),
-        key_rows_(m.key, m.heads, g.query ? m.slots : 0, m.width),
-        query_rows_(m.query, m.heads, g.key ? m.rows : 0, m.width),
-        grad_rows_(g.grad_output, m.heads, g.value ? m.rows : 0, m.width),
-        grad_query_(g.query ? tasks_ * m.heads * m.rows * columns_ : 0), mean_(scored_ ? m.heads * m.rows : 0) {}
+        key_rows_(m.key, m.heads, g.query ? m.slots : 0, m.width), row_(row_distance(m.width)),
+        grad_query_(g.query && tasks_ > 1 ? tasks_ * m.heads * m.rows * columns_ : 0),
+        mean_(scored_ ? m.heads * m.rows : 0) {}
 
   void run() {
     if (scored_) torch::stable::parallel_for(0, m_.rows, 1, [&](int64_t begin, int64_t end) { means(begin, end); });
@@ -105,7 +104,7 @@ class DenseBackward {
       const Scratch scratch(*this);
       for (int64_t i = begin; i < end; ++i) task(i / tasks_, i % tasks_, scratch);
     });
-    if (g_.query)
+    if (g_.query && tasks_ > 1)
       torch::stable::parallel_for(0, m_.rows, 1, [&](int64_t begin, int64_t end) { sum_query(begin, end); });
   }
 
@@ -114,7 +113,7 @@ class DenseBackward {
     cpu::Buffer<T> query, grad, weights, grads, kept, key_sums, value_sums, added;
 
     explicit Scratch(const DenseBackward& b)
-        : query(kBackwardRows * b.m_.width), grad(kBackwardRows * b.m_.width), weights(kBackwardRows * kStride),
+        : query(kBackwardRows * b.row_), grad(kBackwardRows * b.row_), weights(kBackwardRows * kStride),
           grads(kBackwardRows * kStride), kept(kBackwardRows * kStride), key_sums(kBackwardTile * b.columns_),
           value_sums(kBackwardTile * b.columns_), added(std::max(kBackwardRows, kBackwardTile) * b.columns_) {}
   };
@@ -147,7 +146,6 @@ class DenseBackward {
   void task(int64_t head, int64_t number, const Scratch& s) const {
     const int64_t first = number * tiles_of_task_ * kBackwardTile;
     const int64_t last = std::min(m_.slots, first + tiles_of_task_ * kBackwardTile);
-    if (g_.query) std::fill_n(grad_query(head, number), m_.rows * columns_, T(0));
     for (int64_t slot0 = first; slot0 < last; slot0 += kBackwardTile) {
       const int64_t slots = std::min(kBackwardTile, last - slot0);
       std::fill_n(s.key_sums.get(), slots * columns_, T(0));
@@ -155,17 +153,11 @@ class DenseBackward {
       for (int64_t row0 = 0; row0 < m_.rows; row0 += kBackwardRows) {
         const int64_t rows = std::min(kBackwardRows, m_.rows - row0);
         weights_and_gradients(head, row0, rows, slot0, slots, s);
-        if (g_.value) {
-          grad_rows_.multiply(s.weights.get(), 1, kStride, slots, head, row0, rows, s.added.get());
-          add_tile(s.value_sums.get(), s.added.get(), slots * columns_, T(1));
-        }
-        if (g_.key) {
-          query_rows_.multiply(s.grads.get(), 1, kStride, slots, head, row0, rows, s.added.get());
-          add_tile(s.key_sums.get(), s.added.get(), slots * columns_, T(1));
-        }
+        if (g_.value) add_product(s.weights.get(), slots, s.grad.get(), rows, s.added.get(), s.value_sums.get());
+        if (g_.key) add_product(s.grads.get(), slots, s.query.get(), rows, s.added.get(), s.key_sums.get());
         if (g_.query) {
           key_rows_.multiply(s.grads.get(), kStride, 1, rows, head, slot0, slots, s.added.get());
-          add_tile(grad_query(head, number) + row0 * columns_, s.added.get(), rows * columns_, T(1));
+          add_to_query(head, number, row0, rows, slot0 == first, s.added.get());
         }
       }
       for (int64_t i = 0; i < slots; ++i) {
@@ -176,16 +168,31 @@ class DenseBackward {
     }
   }
 
+  // sums (slots, columns) += the transpose of weights (rows, slots) times operand (rows, width).
+  void add_product(const T* weights, int64_t slots, const T* operand, int64_t rows, T* added, T* sums) const {
+    matmul<T>(slots, m_.width, rows, {weights, 1, kStride, operand, row_, added, columns_}, false);
+    add_tile(sums, added, slots * columns_, T(1));
+  }
+
+  // What a tile of slots adds to the gradient of a block of rows, or starts it with: of the query itself where a head has
+  // one task, or else of this task's share.
+  void add_to_query(int64_t head, int64_t number, int64_t row0, int64_t rows, bool starts, const T* added) const {
+    for (int64_t i = 0; i < rows; ++i, added += columns_) {
+      T* sum = tasks_ > 1 ? grad_query(head, number) + (row0 + i) * columns_
+                          : g_.query + ((row0 + i) * m_.heads + head) * m_.width;
+      if (starts) std::memcpy(sum, added, m_.width * sizeof(T));
+      else for (int64_t d = 0; d < m_.width; ++d) sum[d] += added[d];
+    }
+  }
+
   // Of a block of rows and a tile of slots: the weights after dropout, and the gradients of the products before the
   // scale, with it in them.
   void weights_and_gradients(
       int64_t head, int64_t row0, int64_t rows, int64_t slot0, int64_t slots, const Scratch& s) const {
-    copy_rows(m_.query, head, row0, rows, m_.width, s.query.get());
-    keys_.multiply(s.query.get(), rows, head, slot0, slots, s.weights.get(), kStride);
-    if (scored_) {
-      copy_rows(g_.grad_output, head, row0, rows, m_.width, s.grad.get());
-      values_.multiply(s.grad.get(), rows, head, slot0, slots, s.grads.get(), kStride);
-    }
+    copy_rows(m_.query, head, row0, rows, m_.width, s.query.get(), row_);
+    copy_rows(g_.grad_output, head, row0, rows, m_.width, s.grad.get(), row_);
+    keys_.multiply(s.query.get(), row_, rows, head, slot0, slots, s.weights.get(), kStride);
+    if (scored_) values_.multiply(s.grad.get(), row_, rows, head, slot0, slots, s.grads.get(), kStride);
     const bool dropping = m_.dropout.active();
     if (dropping) dropout_tile(m_.dropout, head, row0, rows, slot0, slots, kStride, 1, s.kept.get());
     for (int64_t i = 0; i < rows; ++i) {
@@ -215,7 +222,8 @@ class DenseBackward {
   bool scored_;  // somebody needs the gradients of the scores
   int64_t columns_, tiles_of_task_, tasks_;
   RowPanels<T> keys_, values_;                              // for products over the width
-  ColumnPanels<T> key_rows_, query_rows_, grad_rows_;       // for sums over slots and rows
+  ColumnPanels<T> key_rows_;                                // for the sum over the slots
+  int64_t row_;                                             // distance of the rows of a block
   cpu::Buffer<T> grad_query_, mean_;                        // [head][task][row][column], [head][row]
 };
 

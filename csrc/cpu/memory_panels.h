@@ -18,20 +18,17 @@ struct RowPanels {
     torch::stable::parallel_for(0, heads * panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t head = item / panels, row0 = item % panels * kPanel<T>;
-        T* panel = data.get() + item * width * kPanel<T>;
-        for (int64_t i = 0; i < kPanel<T>; ++i) {
-          const bool real = row0 + i < rows;
-          const T* row = source.at(real ? row0 + i : 0, head);
-          for (int64_t d = 0; d < width; ++d) panel[d * kPanel<T> + i] = real ? row[d] : T(0);
-        }
+        const int64_t real = std::min(kPanel<T>, rows - row0);
+        pack_transposed<T>(source.at(row0, head), source.row_stride, real, width, data.get() + item * width * kPanel<T>);
       }
     });
   }
 
   // c (m, columns up to a whole panel) = a (m, width) times the rows row0 ... row0 + columns - 1; row0 starts a panel.
-  void multiply(const T* a, int64_t m, int64_t head, int64_t row0, int64_t columns, T* c, int64_t c_row) const {
+  void multiply(
+      const T* a, int64_t a_row, int64_t m, int64_t head, int64_t row0, int64_t columns, T* c, int64_t c_row) const {
     const T* panels = data.get() + head * per_head + row0 * width;
-    matmul_panels<T>(m, round_up(columns, kPanel<T>), width, a, width, panels, c, c_row);
+    matmul_panels<T>(m, round_up(columns, kPanel<T>), width, a, a_row, panels, c, c_row);
   }
 };
 
@@ -73,10 +70,12 @@ inline void add_tile(T* sums, const T* added, int64_t n, T shrink) {
   for (int64_t i = 0; i < n; i += kWidth<T>) store(sums + i, load(sums + i) * shrink + load(added + i));
 }
 
-// Rows row0 ... row0 + count - 1 of one head, side by side: a block that a product reads many times.
+// Rows row0 ... row0 + count - 1 of one head, near each other: a block that a product reads many times, as its left or
+// its right side.
 template <class T>
-inline void copy_rows(const MemoryView<T>& from, int64_t head, int64_t row0, int64_t count, int64_t width, T* to) {
-  for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * width, from.at(row0 + i, head), width * sizeof(T));
+inline void copy_rows(
+    const MemoryView<T>& from, int64_t head, int64_t row0, int64_t count, int64_t width, T* to, int64_t to_row) {
+  for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * to_row, from.at(row0 + i, head), width * sizeof(T));
 }
 
 }  // namespace mpma::MPMA_ISA::memory

@@ -54,12 +54,12 @@ void topk_forward(const MemoryProblem<T>& m, int64_t k, T* output, T* logsumexp,
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / blocks, row0 = item % blocks * kTopkRows;
       const int64_t rows = std::min(kTopkRows, m.rows - row0);
-      copy_rows(m.query, head, row0, rows, m.width, query.get());
+      copy_rows(m.query, head, row0, rows, m.width, query.get(), m.width);
       for (int64_t i = 0; i < rows; ++i)
         kept[i] = {keys.get() + i * k, indices + ((row0 + i) * m.heads + head) * k, 0, 0};
       for (int64_t slot0 = 0; slot0 < m.slots; slot0 += tile) {
         const int64_t n = std::min(tile, m.slots - slot0);
-        panels.multiply(query.get(), rows, head, slot0, n, scores.get(), stride);
+        panels.multiply(query.get(), m.width, rows, head, slot0, n, scores.get(), stride);
         for (int64_t i = 0; i < rows; ++i)
           select_tile<T>(scores.get() + i * stride, n, slot0, k, m.scale, scratch, kept[i]);
       }

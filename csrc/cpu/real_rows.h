@@ -69,19 +69,6 @@ struct RealRows {
     return rows_of;
   }
 
-  // The rows of an item as columns, in panels of so many: out [count / columns][width][columns], with zeros for the rows
-  // that the last panel lacks.
-  void transpose(int64_t i, int64_t columns, T* out) const {
-    for (int64_t p = 0; p < count(i); p += columns, out += width * columns) {
-      const int64_t real = std::min(columns, count(i) - p);
-      const T* rows = item(i) + p * stride;
-      for (int64_t d = 0; d < width; ++d) {
-        for (int64_t j = 0; j < real; ++j) out[d * columns + j] = rows[j * stride + d];
-        std::fill(out + d * columns + real, out + (d + 1) * columns, T(0));
-      }
-    }
-  }
-
   // Rows laid out as these, written where they stood in a new tensor of the operand's shape, with zeros elsewhere.
   Tensor scatter(const T* values, const Tensor& like) const {
     const Tensor tensor = torch::stable::new_empty(like, like.sizes(), compute_type(like));

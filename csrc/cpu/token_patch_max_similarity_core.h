@@ -75,7 +75,10 @@ void forward(
       std::fill_n(token_out, patches.length, 0);
       tokens_to_patches[out] = patches_to_tokens[out] = 0;
       if (t == 0 || p == 0) continue;
-      if (transposed_image != image) patches.transpose(transposed_image = image, kPanel<T>, transposed.get());
+      if (transposed_image != image) {
+        pack_transposed<T>(patches.item(image), patches.stride, p, width, transposed.get());
+        transposed_image = image;
+      }
       matmul_panels<T>(t, p, width, tokens.item(report), tokens.stride, transposed.get(), scores.get(), stride);
       for (int64_t i = 0; i < t; ++i)
         std::fill(

@@ -51,7 +51,7 @@ class Pair {
     by_gram_ = goes_by_gram(patches_, p_);
     const int64_t columns = padded(p_);
     for (int64_t p = 0; p < columns; ++p) hidden_.get()[p] = p < p_ ? T(0) : -std::numeric_limits<T>::infinity();
-    patches_.transpose(image, kPanel<T>, transposed_.get());
+    pack_transposed<T>(patches_.item(image), patches_.stride, p_, patches_.width, transposed_.get());
     if (!by_gram_) return;
     for (int64_t p = 0; p < p_; p += kPanel<T>)
       matmul<T>(
