@@ -1,0 +1,660 @@
+// The machine behind emulator.h: memory and its checks, fibers, barriers, warp operations. Compiled without
+// -fsanitize=thread; it defines the functions that the sanitiser's instrumentation calls.
+#include "emulator.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if !defined(__x86_64__)
+#error "the emulator switches fibers with x86-64 assembly"
+#endif
+
+// void emulator_switch(void** save, void* to): saves this stack in *save and goes on with `to`.
+extern "C" void emulator_switch(void** save, void* to);
+__asm__(R"(
+.text
+.globl emulator_switch
+.hidden emulator_switch
+.type emulator_switch, @function
+emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+
+extern "C" const char __ehdr_start[] __attribute__((visibility("hidden")));
+extern "C" const char _end[] __attribute__((visibility("hidden")));
+
+namespace mpma::cuda {
+
+Position emulator_position;
+
+namespace {
+
+constexpr int kMaxThreads = 1024;
+constexpr size_t kStackBytes = 256 << 10;
+constexpr size_t kSharedBytes = 512 << 10;  // twice what any device has: pieces lie apart
+constexpr size_t kArenaBytes = size_t{1} << 36;
+constexpr size_t kRedZone = 4096;
+
+char* map(size_t bytes) {
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::runtime_error("the emulator finds no address space");
+  return static_cast<char*>(memory);
+}
+
+// --- Who runs, and when ----------------------------------------------------------------------------------------------
+
+// Epochs count the blocks and their barriers through all launches, so that shadows need no clearing. A warp's epoch
+// counts its own barriers within one of these.
+uint32_t epoch = 1, block_epoch = 1, launch_epoch = 1;
+
+struct Copy {
+  char* to;
+  const char* from;  // nullptr: zeros
+  int group;
+};
+
+struct Fiber {
+  void* stack_pointer;
+  bool done;
+  int groups;  // of asynchronous copies, committed
+  std::vector<Copy> copies;
+};
+
+// An operation of a warp: the last lane to come does it for all.
+struct Lane {
+  const void* in[3];
+  void* out;
+};
+using Operation = void (*)(Lane*);
+struct Warp {
+  uint16_t epoch;
+  int arrived;
+  Operation operation;
+  const char* name;
+  Lane lanes[kWarp];
+};
+
+const char* kernel_name;
+void (*kernel_body)(const void*);
+const void* kernel_closure;
+int threads, shared_limit;
+Fiber fibers[kMaxThreads];
+Warp warps[kMaxThreads / kWarp];
+std::vector<int> ready;
+int live, at_barrier;
+bool any_of_barrier, result_of_barrier;
+int current = -1;  // the thread that runs, -1 on the host
+void* host_stack;
+char* stacks = map(kMaxThreads * kStackBytes);
+std::string violation;
+uint64_t random_state = 1;
+
+uint64_t draw(uint64_t below) {
+  random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
+  return random_state % below;
+}
+
+Warp& warp() { return warps[current / kWarp]; }
+
+// Leaves the launch for good: fibers are dropped where they stand.
+[[noreturn]] void fail(const std::string& what) {
+  const Position& p = emulator_position;
+  violation = "kernel " + std::string(kernel_name) + ", block (" + std::to_string(p.block[0]) + ", " +
+              std::to_string(p.block[1]) + ", " + std::to_string(p.block[2]) + ")" +
+              (current >= 0 ? ", thread " + std::to_string(current) : "") + ": " + what;
+  void* dropped;
+  emulator_switch(&dropped, host_stack);
+  __builtin_unreachable();
+}
+
+// --- Memory ----------------------------------------------------------------------------------------------------------
+
+enum class Access { kRead, kWrite, kAtomic };
+
+// Who last touched a byte. Beside numbers of threads, `who` says: several lanes of one warp, several warps, atomics of one
+// warp or of several, an asynchronous copy under way.
+struct Cell {
+  uint32_t epoch;
+  uint16_t warp_epoch, who;
+};
+constexpr uint16_t kLanes = 0x2000, kAtomics = 0x4000, kWarps = 0x8000, kAtomicWarps = 0x8001, kCopy = 0x8002;
+
+char* const shared = map(kSharedBytes);
+Cell* const shared_writes = reinterpret_cast<Cell*>(map(kSharedBytes * sizeof(Cell)));
+Cell* const shared_reads = reinterpret_cast<Cell*>(map(kSharedBytes * sizeof(Cell)));
+char* const shared_taken = map(kSharedBytes);
+struct Piece {
+  int offset;
+  size_t bytes;
+};
+std::vector<Piece> pieces;
+
+struct Region {
+  char* begin;
+  size_t bytes;
+  Cell *writes, *reads;  // nullptr for an input
+};
+char* const arena = map(kArenaBytes);
+std::vector<Region> regions;  // in the order of addresses
+const Region* last_region = nullptr;
+
+std::string describe(const char* kind, Access access, size_t bytes) {
+  const char* name = access == Access::kRead ? "read of " : access == Access::kWrite ? "write of " : "atomic access of ";
+  return name + std::to_string(bytes) + " bytes of " + kind + " memory ";
+}
+
+// Whether `cell` came before the thread that runs now, because of a barrier or because it is its own.
+bool ordered(const Cell& cell, uint16_t warp_epoch) {
+  if (cell.epoch != epoch || cell.who == current) return true;
+  if (cell.who >= kWarps) return false;
+  const int of_warp = cell.who & (kLanes | kAtomics) ? cell.who & 0x3F : cell.who / kWarp;
+  return of_warp == current / kWarp && cell.warp_epoch < warp_epoch;
+}
+
+void touch(const char* kind, size_t offset, Cell* writes, Cell* reads, size_t bytes, Access access) {
+  const uint16_t warp_epoch = warp().epoch, me = static_cast<uint16_t>(current), my_warp = me / kWarp;
+  const bool is_shared = writes == shared_writes + offset;
+  const auto where = [&](size_t i) { return "at byte " + std::to_string(offset + i) + " "; };
+  for (size_t i = 0; i < bytes; ++i) {
+    Cell& w = writes[i];
+    Cell& r = reads[i];
+    if (w.who == kCopy && w.epoch >= block_epoch)
+      fail(describe(kind, access, bytes) + where(i) + "that an asynchronous copy still writes");
+    if (!is_shared && w.epoch >= launch_epoch && w.epoch < block_epoch)
+      fail(describe(kind, access, bytes) + where(i) + "that another block writes");
+    if (!is_shared && access != Access::kRead && r.epoch >= launch_epoch && r.epoch < block_epoch)
+      fail(describe(kind, access, bytes) + where(i) + "that another block reads");
+    const bool atomics = access == Access::kAtomic && (w.who & kAtomics || w.who == kAtomicWarps);
+    if (!atomics && !ordered(w, warp_epoch))
+      fail("race: " + describe(kind, access, bytes) + where(i) + "with the write of another thread");
+    if (access != Access::kWrite && (is_shared ? w.epoch < block_epoch : w.epoch == 0))
+      fail(describe(kind, access, bytes) + where(i) + "that was never written");
+    if (access == Access::kRead) {
+      // Earlier reads of the same warp before its last barrier need no memory: whatever they race with, this one does.
+      const bool fresh = r.epoch != epoch || r.who == me || ordered(r, warp_epoch);
+      const bool same_warp = r.who < kWarps && (r.who & kLanes ? r.who & 0x3F : r.who / kWarp) == my_warp;
+      r = {epoch, warp_epoch, fresh ? me : same_warp ? static_cast<uint16_t>(kLanes | my_warp) : kWarps};
+    } else {
+      if (!ordered(r, warp_epoch))
+        fail("race: " + describe(kind, access, bytes) + where(i) + "with the read of another thread");
+      if (access == Access::kWrite)
+        w = {epoch, warp_epoch, me};
+      else
+        w = {epoch, warp_epoch,
+             !atomics || w.epoch != epoch || w.who == (kAtomics | my_warp) ? static_cast<uint16_t>(kAtomics | my_warp)
+                                                                           : kAtomicWarps};
+    }
+  }
+}
+
+const Region* find_region(const char* address) {
+  if (last_region && address >= last_region->begin && address < last_region->begin + last_region->bytes)
+    return last_region;
+  for (const Region& region : regions)
+    if (address >= region.begin && address < region.begin + region.bytes) return last_region = &region;
+  return nullptr;
+}
+
+std::string nearest_region(const char* address) {
+  const Region* near = nullptr;
+  for (const Region& region : regions)
+    if (region.begin <= address) near = &region;
+  if (!near) return "outside every allocation";
+  return "outside the allocations, at byte " + std::to_string(address - near->begin) + " of one of " +
+         std::to_string(near->bytes);
+}
+
+void check(const void* pointer, size_t bytes, size_t alignment, Access access) {
+  if (current < 0) return;  // the host's own
+  const auto address = static_cast<const char*>(pointer);
+  if (address >= stacks && address < stacks + kMaxThreads * kStackBytes) return;
+  const bool misaligned = reinterpret_cast<uintptr_t>(pointer) % alignment != 0;
+  if (address >= shared && address < shared + kSharedBytes) {
+    const size_t offset = address - shared;
+    if (misaligned) fail(describe("shared", access, bytes) + "that is misaligned");
+    for (size_t i = 0; i < bytes; ++i)
+      if (offset + i >= kSharedBytes || !shared_taken[offset + i])
+        fail(describe("shared", access, bytes) + "outside the pieces that were taken");
+    touch("shared", offset, shared_writes + offset, shared_reads + offset, bytes, access);
+    return;
+  }
+  if (const Region* region = find_region(address)) {
+    const size_t offset = address - region->begin;
+    if (misaligned) fail(describe("global", access, bytes) + "that is misaligned");
+    if (offset + bytes > region->bytes) fail(describe("global", access, bytes) + nearest_region(address));
+    if (region->writes)
+      touch("global", offset, region->writes + offset, region->reads + offset, bytes, access);
+    else if (access != Access::kRead)
+      fail(describe("global", access, bytes) + "that is an input");
+    return;
+  }
+  if (address >= __ehdr_start && address < _end && access == Access::kRead) return;  // constants
+  fail(
+      describe("global", access, bytes) +
+      (address >= arena && address < arena + kArenaBytes ? nearest_region(address) : "at no device address"));
+}
+
+// --- Scheduling ------------------------------------------------------------------------------------------------------
+
+// Goes on with a thread drawn from those that can run; comes back when this one is drawn again.
+void reschedule() {
+  if (ready.empty()) {
+    if (live == 0) {
+      void* dropped;
+      emulator_switch(&dropped, host_stack);
+    }
+    std::string what = "not all threads reach the same point: " + std::to_string(threads - live) + " have ended, " +
+                       std::to_string(at_barrier) + " wait at a barrier of the block";
+    for (int w = 0; w < threads / kWarp; ++w)
+      if (warps[w].arrived)
+        what += ", " + std::to_string(warps[w].arrived) + " of warp " + std::to_string(w) + " at " + warps[w].name;
+    current = -1;
+    fail(what);
+  }
+  const size_t drawn = draw(ready.size());
+  const int next = ready[drawn];
+  ready[drawn] = ready.back();
+  ready.pop_back();
+  const int previous = current;
+  current = emulator_position.thread = next;
+  if (next != previous) emulator_switch(&fibers[previous].stack_pointer, fibers[next].stack_pointer);
+}
+
+void start_fiber() {
+  kernel_body(kernel_closure);
+  Fiber& fiber = fibers[current];
+  if (!fiber.copies.empty()) fail("a thread ends before its asynchronous copies were waited for");
+  fiber.done = true;
+  --live;
+  reschedule();
+  __builtin_unreachable();
+}
+
+// A warp's operation. in and out stay valid until the lane goes on.
+void together(
+    const char* name, Operation operation, const void* in0, void* out, const void* in1 = nullptr,
+    const void* in2 = nullptr) {
+  if (current < 0) throw std::runtime_error("an operation of a warp outside a kernel");
+  Warp& w = warp();
+  if (w.arrived == 0) {
+    w.operation = operation;
+    w.name = name;
+  } else if (w.operation != operation) {
+    fail(std::string("not all lanes reach the same operation of the warp: ") + w.name + " and " + name);
+  }
+  w.lanes[current % kWarp] = {{in0, in1, in2}, out};
+  if (++w.arrived == kWarp) {
+    w.arrived = 0;
+    operation(w.lanes);
+    const int first = current / kWarp * kWarp;
+    for (int lane = 0; lane < kWarp; ++lane)
+      if (first + lane != current) ready.push_back(first + lane);
+  } else {
+    reschedule();
+  }
+}
+
+template <class T>
+const T& in(const Lane& lane, int i = 0) {
+  return *static_cast<const T*>(lane.in[i]);
+}
+template <class T>
+T& out(const Lane& lane) {
+  return *static_cast<T*>(lane.out);
+}
+
+}  // namespace
+
+void barrier() { barrier_any(false); }
+
+bool barrier_any(bool x) {
+  any_of_barrier |= x;
+  if (++at_barrier < threads) {
+    reschedule();
+    return result_of_barrier;
+  }
+  at_barrier = 0;
+  result_of_barrier = any_of_barrier;
+  any_of_barrier = false;
+  ++epoch;
+  for (int w = 0; w < threads / kWarp; ++w) warps[w].epoch = 0;
+  for (int t = 0; t < threads; ++t)
+    if (t != current) ready.push_back(t);
+  return result_of_barrier;
+}
+
+void warp_barrier() {
+  together("warp_barrier", [](Lane*) { ++warp().epoch; }, nullptr, nullptr);
+}
+
+uint64_t exchange_xor(uint64_t x, int lanes) {
+  uint64_t y;
+  together(
+      "shuffle_xor",
+      [](Lane* lane) {
+        for (int i = 0; i < kWarp; ++i) out<uint64_t>(lane[i]) = in<uint64_t>(lane[(i ^ in<int>(lane[i], 1)) % kWarp]);
+      },
+      &x, &y, &lanes);
+  return y;
+}
+
+uint64_t exchange_from(uint64_t x, int from) {
+  uint64_t y;
+  together(
+      "shuffle",
+      [](Lane* lane) {
+        for (int i = 0; i < kWarp; ++i) out<uint64_t>(lane[i]) = in<uint64_t>(lane[in<int>(lane[i], 1) & (kWarp - 1)]);
+      },
+      &x, &y, &from);
+  return y;
+}
+
+uint64_t exchange_up(uint64_t x, int lanes) {
+  uint64_t y;
+  together(
+      "shuffle_up",
+      [](Lane* lane) {
+        for (int i = 0; i < kWarp; ++i) {
+          const int from = i - in<int>(lane[i], 1);
+          out<uint64_t>(lane[i]) = in<uint64_t>(lane[from < 0 ? i : from]);
+        }
+      },
+      &x, &y, &lanes);
+  return y;
+}
+
+uint32_t ballot(bool x) {
+  uint32_t y;
+  together(
+      "ballot",
+      [](Lane* lane) {
+        uint32_t votes = 0;
+        for (int i = 0; i < kWarp; ++i) votes |= static_cast<uint32_t>(in<bool>(lane[i])) << i;
+        for (int i = 0; i < kWarp; ++i) out<uint32_t>(lane[i]) = votes;
+      },
+      &x, &y);
+  return y;
+}
+
+int32_t atomic_add(int32_t* at, int32_t x) {
+  check(at, 4, 4, Access::kAtomic);
+  const int32_t before = *at;
+  *at += x;
+  return before;
+}
+
+// --- Conversions -----------------------------------------------------------------------------------------------------
+
+float half_to_float(uint16_t x) {
+  const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16, exponent = x >> 10 & 31, fraction = x & 0x3FF;
+  if (exponent == 0) return std::copysign(std::ldexp(static_cast<float>(fraction), -24), bits_float(sign | 0x3F800000));
+  return bits_float(sign | (exponent == 31 ? 0xFFu : exponent + 112) << 23 | fraction << 13);
+}
+
+uint16_t float_to_half(float x) {
+  const uint32_t bits = float_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
+  if (magnitude > 0x7F800000) return 0x7FFF;
+  if (magnitude >= 0x477FF000) return static_cast<uint16_t>(sign | 0x7C00);  // 65520 and above round to infinity
+  if (magnitude < 0x38800000)  // subnormal: a multiple of 2^-24
+    return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::nearbyint(std::ldexp(bits_float(magnitude), 24))));
+  return static_cast<uint16_t>(sign | (magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13);
+}
+
+// --- Asynchronous copies ---------------------------------------------------------------------------------------------
+
+void cp_async_16(void* to, const void* from, bool real) {
+  const auto target = static_cast<char*>(to);
+  if (target < shared || target >= shared + kSharedBytes) fail("cp_async_16 to what is not shared memory");
+  check(to, 16, 16, Access::kWrite);
+  if (real) check(from, 16, 16, Access::kRead);
+  std::memset(to, 0xFF, 16);  // what is read too early is a NaN
+  for (int i = 0; i < 16; ++i) shared_writes[target - shared + i].who = kCopy;
+  Fiber& fiber = fibers[current];
+  fiber.copies.push_back({target, real ? static_cast<const char*>(from) : nullptr, fiber.groups});
+}
+
+void cp_async_commit() { ++fibers[current].groups; }
+
+void cp_async_wait_groups(int groups) {
+  Fiber& fiber = fibers[current];
+  const auto waited = [&](const Copy& copy) { return copy.group < fiber.groups - groups; };
+  for (const Copy& copy : fiber.copies) {
+    if (!waited(copy)) continue;
+    if (copy.from)
+      std::memcpy(copy.to, copy.from, 16);
+    else
+      std::memset(copy.to, 0, 16);
+    for (int i = 0; i < 16; ++i)
+      shared_writes[copy.to - shared + i] = {epoch, warp().epoch, static_cast<uint16_t>(current)};
+  }
+  fiber.copies.erase(std::remove_if(fiber.copies.begin(), fiber.copies.end(), waited), fiber.copies.end());
+}
+
+// --- Tensor cores ----------------------------------------------------------------------------------------------------
+
+namespace {
+
+template <bool kTransposed>
+void load_matrices(Lane* lane) {
+  for (int m = 0; m < 4; ++m) {
+    const uint16_t* rows[8];
+    for (int i = 0; i < 8; ++i) rows[i] = static_cast<const uint16_t*>(lane[8 * m + i].in[0]);
+    for (int l = 0; l < kWarp; ++l) {
+      const int i = l / 4, j = l % 4 * 2;
+      const uint32_t low = kTransposed ? rows[j][i] : rows[i][j], high = kTransposed ? rows[j + 1][i] : rows[i][j + 1];
+      out<Registers4>(lane[l]).r[m] = low | high << 16;
+    }
+  }
+}
+
+// Rows are checked by the lane that names them: it counts as their reader.
+template <bool kTransposed>
+Registers4 load_matrices_together(const void* row) {
+  const auto address = static_cast<const char*>(row);
+  if (address < shared || address >= shared + kSharedBytes) fail("ldmatrix of what is not shared memory");
+  check(row, 16, 16, Access::kRead);
+  Registers4 m;
+  together(kTransposed ? "ldmatrix_transposed" : "ldmatrix", load_matrices<kTransposed>, row, &m);
+  return m;
+}
+
+template <int kDepth>
+void multiply_fragments(Lane* lane, const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
+  float c[16][8];
+  const auto each = [&](auto&& f) {
+    for (int l = 0; l < kWarp; ++l)
+      for (int i = 0; i < 4; ++i) f(out<Sum>(lane[l]).value[i], c[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2]);
+  };
+  each([](float value, float& at) { at = value; });
+  for (int i = 0; i < 16; ++i)
+    for (int k = 0; k < kDepth; ++k)
+      for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
+  each([](float& value, float at) { value = at; });
+}
+
+template <class T>
+void multiply_halves(Lane* lane) {
+  float a[16][16], b[16][8];
+  const auto value = [](uint32_t r, int i) { return to_float(T{static_cast<uint16_t>(r >> 16 * i)}); };
+  for (int l = 0; l < kWarp; ++l)
+    for (int j = 0; j < 2; ++j) {
+      const int row = l / 4, column = l % 4 * 2 + j;
+      for (int i = 0; i < 4; ++i) a[row + i % 2 * 8][column + i / 2 * 8] = value(in<Registers4>(lane[l]).r[i], j);
+      for (int i = 0; i < 2; ++i) b[column + i * 8][row] = value(in<Registers2>(lane[l], 1).r[i], j);
+    }
+  multiply_fragments<16>(lane, a, b);
+}
+
+void multiply_tf32(Lane* lane) {
+  float a[16][8], b[8][8];
+  const auto value = [](uint32_t r) { return bits_float(r & ~0x1FFFu); };  // the other bits are not looked at
+  for (int l = 0; l < kWarp; ++l) {
+    const int row = l / 4, column = l % 4;
+    for (int i = 0; i < 4; ++i) a[row + i % 2 * 8][column + i / 2 * 4] = value(in<Registers4>(lane[l]).r[i]);
+    for (int i = 0; i < 2; ++i) b[column + i * 4][row] = value(in<Registers2>(lane[l], 1).r[i]);
+  }
+  multiply_fragments<8>(lane, a, b);
+}
+
+}  // namespace
+
+Registers4 ldmatrix(const void* row) { return load_matrices_together<false>(row); }
+Registers4 ldmatrix_transposed(const void* row) { return load_matrices_together<true>(row); }
+
+template <>
+void mma<Bfloat16>(Sum& c, const Registers4& a, const Registers2& b) {
+  together("mma of bfloat16", multiply_halves<Bfloat16>, &a, &c, &b);
+}
+template <>
+void mma<Half>(Sum& c, const Registers4& a, const Registers2& b) {
+  together("mma of half", multiply_halves<Half>, &a, &c, &b);
+}
+void mma_tf32(Sum& c, const Registers4& a, const Registers2& b) { together("mma_tf32", multiply_tf32, &a, &c, &b); }
+
+// --- Shared memory and launches --------------------------------------------------------------------------------------
+
+char* shared_start() { return shared; }
+
+void* shared_piece(int offset, size_t bytes) {
+  char* piece = shared + 2 * static_cast<size_t>(offset);
+  for (const Piece& known : pieces)
+    if (known.offset == offset && known.bytes >= bytes) return piece;
+  if (offset + bytes > static_cast<size_t>(shared_limit))
+    fail("pieces of shared memory take " + std::to_string(offset + bytes) + " bytes and the launch gives " +
+         std::to_string(shared_limit));
+  std::memset(shared_taken + 2 * offset, 1, bytes);
+  pieces.push_back({offset, bytes});
+  return piece;
+}
+
+void emulator_run(
+    const char* name, int64_t x, int64_t y, int64_t z, int block_threads, int shared_bytes, void (*body)(const void*),
+    const void* closure) {
+  if (block_threads % kWarp != 0 || block_threads < kWarp || block_threads > kMaxThreads)
+    throw std::runtime_error("a block must have whole warps, up to 1024 threads");
+  if (shared_bytes > 227 * 1024) throw std::runtime_error("a block has at most 227 KB of shared memory");
+  kernel_name = name, kernel_body = body, kernel_closure = closure, threads = block_threads, shared_limit = shared_bytes;
+  launch_epoch = epoch + 1;
+  std::vector<int64_t> order(x * y * z);
+  for (size_t i = 0; i < order.size(); ++i) {  // shuffled as it grows
+    const size_t j = draw(i + 1);
+    order[i] = order[j];
+    order[j] = static_cast<int64_t>(i);
+  }
+  violation.clear();
+  for (int64_t block : order) {
+    emulator_position = {0, threads, {block % x, block / x % y, block / x / y}, {x, y, z}};
+    block_epoch = ++epoch;
+    for (const Piece& piece : pieces) std::memset(shared_taken + 2 * piece.offset, 0, piece.bytes);
+    pieces.clear();
+    ready.clear();
+    live = threads;
+    at_barrier = 0;
+    any_of_barrier = false;
+    for (int t = 0; t < threads; ++t) {
+      Fiber& fiber = fibers[t];
+      fiber.done = false;
+      fiber.groups = 0;
+      fiber.copies.clear();
+      // Stacks begin at different offsets, or they would share a few sets of the caches.
+      char* top = stacks + (t + 1) * kStackBytes - t % 64 * 1088;
+      auto slot = reinterpret_cast<void**>(top) - 8;
+      slot[6] = reinterpret_cast<void*>(start_fiber);
+      slot[7] = nullptr;
+      fiber.stack_pointer = slot;
+      ready.push_back(t);
+      if (t % kWarp == 0) warps[t / kWarp].epoch = 0, warps[t / kWarp].arrived = 0;
+    }
+    const size_t drawn = draw(ready.size());
+    current = emulator_position.thread = ready[drawn];
+    ready[drawn] = ready.back();
+    ready.pop_back();
+    emulator_switch(&host_stack, fibers[current].stack_pointer);
+    current = -1;
+    if (!violation.empty()) throw std::runtime_error(violation);
+  }
+  ++epoch;
+}
+
+}  // namespace mpma::cuda
+
+using mpma::cuda::Access;
+using mpma::cuda::check;
+
+extern "C" {
+
+// --- Global memory ---------------------------------------------------------------------------------------------------
+
+void* mpma_emulator_allocate(int64_t bytes, int kind) {
+  using namespace mpma::cuda;
+  char* begin = arena + kRedZone;
+  size_t at = 0;
+  for (; at < regions.size(); ++at) {  // the first gap that is large enough
+    if (begin + bytes + kRedZone <= regions[at].begin) break;
+    begin = arena + (regions[at].begin + regions[at].bytes - arena + kRedZone + 255) / 256 * 256;
+  }
+  if (begin + bytes + kRedZone > arena + kArenaBytes) return nullptr;
+  Region region = {begin, static_cast<size_t>(bytes), nullptr, nullptr};
+  if (kind != 0) {
+    region.writes = reinterpret_cast<Cell*>(map(std::max<size_t>(1, 2 * bytes * sizeof(Cell))));
+    region.reads = region.writes + bytes;
+    if (kind == 2) std::fill(region.writes, region.writes + bytes, Cell{1, 0, 0});
+    if (kind == 1) std::memset(begin, 0xFF, bytes);
+  }
+  regions.insert(regions.begin() + at, region);
+  last_region = nullptr;
+  return begin;
+}
+
+void mpma_emulator_free(void* memory) {
+  using namespace mpma::cuda;
+  const auto at = std::find_if(regions.begin(), regions.end(), [&](const Region& r) { return r.begin == memory; });
+  if (at == regions.end()) return;
+  if (at->writes) munmap(at->writes, std::max<size_t>(1, 2 * at->bytes * sizeof(Cell)));
+  regions.erase(at);
+  last_region = nullptr;
+}
+
+void mpma_emulator_seed(uint64_t seed) { mpma::cuda::random_state = seed * 2 + 1; }
+
+// --- What the instrumentation calls ----------------------------------------------------------------------------------
+
+#define MPMA_ACCESS(N)                                                                       \
+  void __tsan_read##N(void* p) { check(p, N, N, Access::kRead); }                            \
+  void __tsan_write##N(void* p) { check(p, N, N, Access::kWrite); }                          \
+  void __tsan_unaligned_read##N(void* p) { check(p, N, 1, Access::kRead); }                  \
+  void __tsan_unaligned_write##N(void* p) { check(p, N, 1, Access::kWrite); }
+MPMA_ACCESS(1)
+MPMA_ACCESS(2)
+MPMA_ACCESS(4)
+MPMA_ACCESS(8)
+MPMA_ACCESS(16)
+#undef MPMA_ACCESS
+void __tsan_read_range(void* p, size_t bytes) { check(p, bytes, 1, Access::kRead); }
+void __tsan_write_range(void* p, size_t bytes) { check(p, bytes, 1, Access::kWrite); }
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_init() {}
+
+}  // extern "C"
