@@ -28,6 +28,9 @@ struct Half {
 };
 
 // What one vector access moves.
+struct alignas(8) Bytes8 {
+  uint32_t word[2];
+};
 struct alignas(16) Bytes16 {
   uint32_t word[4];
 };

@@ -126,6 +126,13 @@ MPMA_DEVICE uint32_t to_tf32(float x) {
   return y;
 }
 
+// --- Vector accesses: 8 or 16 aligned bytes at once ------------------------------------------------------------------
+
+MPMA_DEVICE Bytes8 load_8(const void* from) { return *static_cast<const Bytes8*>(from); }
+MPMA_DEVICE void store_8(void* to, const Bytes8& x) { *static_cast<Bytes8*>(to) = x; }
+MPMA_DEVICE Bytes16 load_16(const void* from) { return *static_cast<const Bytes16*>(from); }
+MPMA_DEVICE void store_16(void* to, const Bytes16& x) { *static_cast<Bytes16*>(to) = x; }
+
 // --- Asynchronous copies to shared memory ----------------------------------------------------------------------------
 
 // 16 bytes, both addresses 16-byte aligned; zeros where not `real`, and then the source is not read.
@@ -216,9 +223,5 @@ template <class T>
 MPMA_DEVICE uint32_t pack(float low, float high) {
   return ConvertFrom<T>::two(low, high);
 }
-
-// 16 aligned bytes at once.
-MPMA_DEVICE Bytes16 load_16(const void* from) { return *static_cast<const Bytes16*>(from); }
-MPMA_DEVICE void store_16(void* to, const Bytes16& x) { *static_cast<Bytes16*>(to) = x; }
 
 }  // namespace mpma::cuda

@@ -164,14 +164,10 @@ MPMA_DEVICE ColumnValues<kN> reduce_columns(const Accumulator<kM, kN>& a, float 
 // Two neighbouring elements in one access; `to` is aligned to both together.
 template <class T>
 MPMA_DEVICE void store_two(T* to, float low, float high) {
-  if constexpr (kIsHalf<T>) {
+  if constexpr (kIsHalf<T>)
     *reinterpret_cast<uint32_t*>(to) = pack<T>(low, high);
-  } else {
-    struct alignas(8) Two {
-      float x, y;
-    };
-    *reinterpret_cast<Two*>(to) = {low, high};
-  }
+  else
+    store_8(to, {{float_bits(low), float_bits(high)}});
 }
 
 // Writes an accumulator to shared memory, its corner at (row, column) of the tile.

@@ -402,6 +402,26 @@ int32_t atomic_add(int32_t* at, int32_t x) {
   return before;
 }
 
+namespace {
+
+template <class T>
+T load_vector(const void* from) {
+  check(from, sizeof(T), sizeof(T), Access::kRead);
+  return *static_cast<const T*>(from);
+}
+template <class T>
+void store_vector(void* to, const T& x) {
+  check(to, sizeof(T), sizeof(T), Access::kWrite);
+  *static_cast<T*>(to) = x;
+}
+
+}  // namespace
+
+Bytes8 load_8(const void* from) { return load_vector<Bytes8>(from); }
+void store_8(void* to, const Bytes8& x) { store_vector(to, x); }
+Bytes16 load_16(const void* from) { return load_vector<Bytes16>(from); }
+void store_16(void* to, const Bytes16& x) { store_vector(to, x); }
+
 // --- Conversions -----------------------------------------------------------------------------------------------------
 
 float half_to_float(uint16_t x) {

@@ -145,6 +145,12 @@ inline uint32_t to_tf32(float x) {
   return (bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FFFFFFF : (bits + 0x1000) & ~0x1FFFu;
 }
 
+// Vector accesses. Not inline, because the compiler would take them apart and the alignment would go unchecked.
+Bytes8 load_8(const void* from);
+void store_8(void* to, const Bytes8& x);
+Bytes16 load_16(const void* from);
+void store_16(void* to, const Bytes16& x);
+
 // Asynchronous copies.
 void cp_async_16(void* shared, const void* global, bool real);
 void cp_async_commit();
