@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import weakref
@@ -78,6 +79,7 @@ class EmulatedDevice:
     """A machine with an operator's kernels, and its global memory as ordinary CPU tensors."""
 
     def __init__(self, library: Path):
+        self._path = library
         self._library = ctypes.CDLL(str(library), mode=os.RTLD_LOCAL)
         self._library.mpma_emulator_allocate.restype = ctypes.c_void_p
 
@@ -124,7 +126,16 @@ class EmulatedDevice:
         call.restype = ctypes.c_char_p
         error = call(*map(_argument, arguments))
         if error is not None:
-            raise EmulationError(error.decode())
+            raise EmulationError(re.sub(r"\[at (0x\w+)\]", self._source_lines, error.decode()))
+
+    def _source_lines(self, place: re.Match) -> str:
+        """The lines of an address in the library, innermost first, where addr2line is there to ask."""
+        if not shutil.which("addr2line"):
+            return place[0]
+        # One before the address that a call returns to.
+        command = ["addr2line", "-i", "-e", str(self._path), hex(int(place[1], 16) - 1)]
+        lines = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
+        return "\n  at " + "\n  in ".join(line.replace(f"{ROOT}/", "") for line in lines if line)
 
 
 def _argument(x: torch.Tensor | int | float | None) -> object:

@@ -2,6 +2,7 @@
 // -fsanitize=thread; it defines the functions that the sanitiser's instrumentation calls.
 #include "emulator.h"
 
+#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -106,6 +107,7 @@ int current = -1;  // the thread that runs, -1 on the host
 void* host_stack;
 char* stacks = map(kMaxThreads * kStackBytes);
 std::string violation;
+const void* site;  // of the access or operation that is checked
 uint64_t random_state = 1;
 
 uint64_t draw(uint64_t below) {
@@ -115,12 +117,29 @@ uint64_t draw(uint64_t below) {
 
 Warp& warp() { return warps[current / kWarp]; }
 
+// Of the name of launch<kernel>, the kernel's.
+std::string kernel_of_launch() {
+  const std::string name = kernel_name, begin = "kKernel = ", end = "; Arguments = ";
+  const size_t from = name.find(begin);
+  return from == std::string::npos ? name : name.substr(from + begin.size(), name.find(end) - from - begin.size());
+}
+
+// Where in the library `site` is: tests/cuda/emulation.py finds the line of the source.
+std::string place(const void* site) {
+  Dl_info library;
+  if (!site || !dladdr(site, &library)) return "";
+  char text[32];
+  const auto offset = static_cast<const char*>(site) - static_cast<const char*>(library.dli_fbase);
+  std::snprintf(text, sizeof text, " [at 0x%zx]", static_cast<size_t>(offset));
+  return text;
+}
+
 // Leaves the launch for good: fibers are dropped where they stand.
 [[noreturn]] void fail(const std::string& what) {
   const Position& p = emulator_position;
-  violation = "kernel " + std::string(kernel_name) + ", block (" + std::to_string(p.block[0]) + ", " +
+  violation = "kernel " + kernel_of_launch() + ", block (" + std::to_string(p.block[0]) + ", " +
               std::to_string(p.block[1]) + ", " + std::to_string(p.block[2]) + ")" +
-              (current >= 0 ? ", thread " + std::to_string(current) : "") + ": " + what;
+              (current >= 0 ? ", thread " + std::to_string(current) + ": " + what + place(site) : ": " + what);
   void* dropped;
   emulator_switch(&dropped, host_stack);
   __builtin_unreachable();
@@ -170,10 +189,21 @@ bool ordered(const Cell& cell, uint16_t warp_epoch) {
   return of_warp == current / kWarp && cell.warp_epoch < warp_epoch;
 }
 
+// The last piece taken that holds a byte.
+const Piece& piece_at(size_t at) {
+  const auto holds = [&](const Piece& piece) {
+    return at >= size_t{2} * piece.offset && at < size_t{2} * piece.offset + piece.bytes;
+  };
+  return *std::find_if(pieces.rbegin(), pieces.rend(), holds);
+}
+
 void touch(const char* kind, size_t offset, Cell* writes, Cell* reads, size_t bytes, Access access) {
   const uint16_t warp_epoch = warp().epoch, me = static_cast<uint16_t>(current), my_warp = me / kWarp;
   const bool is_shared = writes == shared_writes + offset;
-  const auto where = [&](size_t i) { return "at byte " + std::to_string(offset + i) + " "; };
+  const auto where = [&](size_t i) {
+    const std::string of_piece = is_shared ? "of the piece at " + std::to_string(piece_at(offset + i).offset) + " " : "";
+    return "at byte " + std::to_string(offset + i - (is_shared ? 2 * piece_at(offset + i).offset : 0)) + " " + of_piece;
+  };
   for (size_t i = 0; i < bytes; ++i) {
     Cell& w = writes[i];
     Cell& r = reads[i];
@@ -343,10 +373,12 @@ bool barrier_any(bool x) {
 }
 
 void warp_barrier() {
+  site = __builtin_return_address(0);
   together("warp_barrier", [](Lane*) { ++warp().epoch; }, nullptr, nullptr);
 }
 
 uint64_t exchange_xor(uint64_t x, int lanes) {
+  site = __builtin_return_address(0);
   uint64_t y;
   together(
       "shuffle_xor",
@@ -358,6 +390,7 @@ uint64_t exchange_xor(uint64_t x, int lanes) {
 }
 
 uint64_t exchange_from(uint64_t x, int from) {
+  site = __builtin_return_address(0);
   uint64_t y;
   together(
       "shuffle",
@@ -369,6 +402,7 @@ uint64_t exchange_from(uint64_t x, int from) {
 }
 
 uint64_t exchange_up(uint64_t x, int lanes) {
+  site = __builtin_return_address(0);
   uint64_t y;
   together(
       "shuffle_up",
@@ -383,6 +417,7 @@ uint64_t exchange_up(uint64_t x, int lanes) {
 }
 
 uint32_t ballot(bool x) {
+  site = __builtin_return_address(0);
   uint32_t y;
   together(
       "ballot",
@@ -396,6 +431,7 @@ uint32_t ballot(bool x) {
 }
 
 int32_t atomic_add(int32_t* at, int32_t x) {
+  site = __builtin_return_address(0);
   check(at, 4, 4, Access::kAtomic);
   const int32_t before = *at;
   *at += x;
@@ -417,10 +453,22 @@ void store_vector(void* to, const T& x) {
 
 }  // namespace
 
-Bytes8 load_8(const void* from) { return load_vector<Bytes8>(from); }
-void store_8(void* to, const Bytes8& x) { store_vector(to, x); }
-Bytes16 load_16(const void* from) { return load_vector<Bytes16>(from); }
-void store_16(void* to, const Bytes16& x) { store_vector(to, x); }
+Bytes8 load_8(const void* from) {
+  site = __builtin_return_address(0);
+  return load_vector<Bytes8>(from);
+}
+void store_8(void* to, const Bytes8& x) {
+  site = __builtin_return_address(0);
+  store_vector(to, x);
+}
+Bytes16 load_16(const void* from) {
+  site = __builtin_return_address(0);
+  return load_vector<Bytes16>(from);
+}
+void store_16(void* to, const Bytes16& x) {
+  site = __builtin_return_address(0);
+  store_vector(to, x);
+}
 
 // --- Conversions -----------------------------------------------------------------------------------------------------
 
@@ -442,6 +490,7 @@ uint16_t float_to_half(float x) {
 // --- Asynchronous copies ---------------------------------------------------------------------------------------------
 
 void cp_async_16(void* to, const void* from, bool real) {
+  site = __builtin_return_address(0);
   const auto target = static_cast<char*>(to);
   if (target < shared || target >= shared + kSharedBytes) fail("cp_async_16 to what is not shared memory");
   check(to, 16, 16, Access::kWrite);
@@ -537,8 +586,14 @@ void multiply_tf32(Lane* lane) {
 
 }  // namespace
 
-Registers4 ldmatrix(const void* row) { return load_matrices_together<false>(row); }
-Registers4 ldmatrix_transposed(const void* row) { return load_matrices_together<true>(row); }
+Registers4 ldmatrix(const void* row) {
+  site = __builtin_return_address(0);
+  return load_matrices_together<false>(row);
+}
+Registers4 ldmatrix_transposed(const void* row) {
+  site = __builtin_return_address(0);
+  return load_matrices_together<true>(row);
+}
 
 template <>
 void mma<Bfloat16>(Sum& c, const Registers4& a, const Registers2& b) {
@@ -658,19 +713,25 @@ void mpma_emulator_seed(uint64_t seed) { mpma::cuda::random_state = seed * 2 + 1
 
 // --- What the instrumentation calls ----------------------------------------------------------------------------------
 
-#define MPMA_ACCESS(N)                                                                       \
-  void __tsan_read##N(void* p) { check(p, N, N, Access::kRead); }                            \
-  void __tsan_write##N(void* p) { check(p, N, N, Access::kWrite); }                          \
-  void __tsan_unaligned_read##N(void* p) { check(p, N, 1, Access::kRead); }                  \
-  void __tsan_unaligned_write##N(void* p) { check(p, N, 1, Access::kWrite); }
+#define MPMA_CHECK(BYTES, ALIGNMENT, ACCESS)                        \
+  {                                                                 \
+    mpma::cuda::site = __builtin_return_address(0);                 \
+    check(p, BYTES, ALIGNMENT, Access::ACCESS);                     \
+  }
+#define MPMA_ACCESS(N)                                              \
+  void __tsan_read##N(void* p) MPMA_CHECK(N, N, kRead)              \
+  void __tsan_write##N(void* p) MPMA_CHECK(N, N, kWrite)            \
+  void __tsan_unaligned_read##N(void* p) MPMA_CHECK(N, 1, kRead)    \
+  void __tsan_unaligned_write##N(void* p) MPMA_CHECK(N, 1, kWrite)
 MPMA_ACCESS(1)
 MPMA_ACCESS(2)
 MPMA_ACCESS(4)
 MPMA_ACCESS(8)
 MPMA_ACCESS(16)
+void __tsan_read_range(void* p, size_t bytes) MPMA_CHECK(bytes, 1, kRead)
+void __tsan_write_range(void* p, size_t bytes) MPMA_CHECK(bytes, 1, kWrite)
 #undef MPMA_ACCESS
-void __tsan_read_range(void* p, size_t bytes) { check(p, bytes, 1, Access::kRead); }
-void __tsan_write_range(void* p, size_t bytes) { check(p, bytes, 1, Access::kWrite); }
+#undef MPMA_CHECK
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 void __tsan_func_entry(void*) {}
