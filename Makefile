@@ -9,7 +9,7 @@ RUN := runs/tiny
 PIP_OPTIONS ?=
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_OPTIONS)
 
-.PHONY: help install pretrain bench test fuzz lint clean
+.PHONY: help install pretrain bench test fuzz check-triton gpu lint clean
 
 help:
 	@echo "make install    make .venv, install the project in it and build the extension"
@@ -17,6 +17,8 @@ help:
 	@echo "make bench      measure the operators beside PyTorch's own, about five minutes"
 	@echo "make test       run all tests"
 	@echo "make fuzz       10,000 random calls of every compiled operator, about ten minutes"
+	@echo "make check-triton  compile every Triton kernel for every GPU, half an hour; no GPU needed"
+	@echo "make gpu        on a machine with a GPU: test the kernels on it, then measure them"
 	@echo "make lint       check style and formatting"
 	@echo "make clean      remove the environments and what was built; data and runs stay"
 
@@ -59,6 +61,13 @@ test: install .venv-timm
 
 fuzz: install
 	$(BIN)/python -m pytest tests/ext/test_random_operands.py --hypothesis-profile=long $(PYTEST_ARGS)
+
+# CHECK_ARGS=--write compiles what changed and writes the tables.
+check-triton: install
+	$(BIN)/python -m mpma_ext.kernels.check --tables docs/kernels $(CHECK_ARGS)
+
+gpu: install
+	$(BIN)/python -m benchmarks.gpu
 
 lint: install
 	$(BIN)/ruff check .

@@ -92,6 +92,22 @@ def sweep() -> Iterator[Case]:
     yield from every("token_patch_max_similarity", similarities, ("eager", "eager_indexed"))
 
 
+def gpu() -> Iterator[Case]:
+    """What the kernels for GPUs are judged by: shapes that fill the chip."""
+    half = {"dtypes": ("bfloat16",), "modes": (FORWARD, TRAINING)}
+    images = [Attention(b, s, padded=False) for b, s in ((512, 50), (256, 128), (128, 197))]
+    images.append(Attention(96, 256, padded=False))
+    yield from every("masked_attention", images, ("sdpa", "sdpa_flash", "sdpa_cudnn"), **half)
+    padded = [Attention(256, 128), Attention(128, 197)]
+    yield from every("masked_attention", padded, ("sdpa", "compiled"), **half)
+    yield from every("masked_attention_varlen", [Reports(256)], ("sdpa",), **half)
+    rows = Memory(128, 100, 12, 64, 2048, 32)
+    yield from every("memory_attention", [rows], ("eager", "compiled"), ("bfloat16",))
+    pairs = [Similarity(256, 64, p, d) for d in (128, 768) for p in (49, 196)]
+    for operator in SIMILARITIES:
+        yield from every(operator, pairs, ("eager", "compiled"), ("bfloat16",))
+
+
 def smoke() -> Iterator[Case]:
     """Everything once, so small that it says nothing about speed: for the suite's own test."""
     both = {"dtypes": ("float32", "bfloat16")}
@@ -106,7 +122,7 @@ def smoke() -> Iterator[Case]:
     yield from every("training_step", [Step("tiny", 2, 200)], ("reference",))
 
 
-SETS = {each.__name__: each for each in (quick, bfloat16, model, sweep, smoke)}
+SETS = {each.__name__: each for each in (quick, bfloat16, model, sweep, gpu, smoke)}
 
 
 def _goals(dtype: str) -> Iterator[Case]:

@@ -122,6 +122,7 @@ def _compiled(stem: str, key: tuple[str, str]) -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; 1 where something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stems", nargs="*", default=STEMS, metavar="FAMILY", help=", ".join(STEMS))
     parser.add_argument("--tables", type=Path, required=True, help="folder of the tables")

@@ -4,10 +4,13 @@ query (B, Sq, H, D), key and value (B, Sk, H, D), key_padding_mask (B, Sk) bool,
 scale is D**-0.5. Contiguous (B, Sq, H, D) in query's dtype comes back.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from benchmarks.baselines.compiled import compiled
@@ -60,5 +63,23 @@ def sdpa_loop(query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Te
     return torch.stack(outputs)
 
 
-BASELINES = {"field": field, "eager": eager, "compiled": compiled(eager), "sdpa": sdpa}
+def by_kernel(kernel: SDPBackend) -> Callable[..., Tensor]:
+    """`sdpa` by one of its kernels, which raises RuntimeError where that cannot serve."""
+
+    @functools.wraps(sdpa)
+    def attend(*operands, **mask):
+        with sdpa_kernel(kernel):
+            return sdpa(*operands, **mask)
+
+    return attend
+
+
+BASELINES = {
+    "field": field,
+    "eager": eager,
+    "compiled": compiled(eager),
+    "sdpa": sdpa,
+    "sdpa_flash": by_kernel(SDPBackend.FLASH_ATTENTION),
+    "sdpa_cudnn": by_kernel(SDPBackend.CUDNN_ATTENTION),
+}
 PACKED_BASELINES = BASELINES | {"sdpa_loop": sdpa_loop}

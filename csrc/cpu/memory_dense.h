@@ -36,7 +36,7 @@ void dense_forward(const MemoryProblem<T>& m, T* output, T* logsumexp) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / blocks, row0 = item % blocks * kDenseBlock;
       const int64_t rows = std::min(kDenseBlock, m.rows - row0);
-      copy_rows(m.query, head, row0, rows, m.width, query.get(), m.width);
+      copy_rows(m.query, head, row0, rows, m.width, m.scale, query.get(), m.width);
       std::fill_n(sums.get(), rows * columns, T(0));
       std::fill_n(top, rows, kNothing);
       std::fill_n(total, rows, T(0));
@@ -46,10 +46,9 @@ void dense_forward(const MemoryProblem<T>& m, T* output, T* logsumexp) {
         if (m.dropout.active()) dropout_tile(m.dropout, head, row0, rows, slot0, n, stride, 1, kept.get());
         for (int64_t i = 0; i < rows; ++i) {
           T* row = scores.get() + i * stride;
+          std::fill(row + n, row + round_up(n, kWidth<T>), kNothing);
           Vector<T> high = Vector<T>{} + top[i];
           for (int64_t j = 0; j < n; j += kWidth<T>) {
-            store(row + j, load(row + j) * m.scale);
-            for (int64_t beyond = n; beyond < j + kWidth<T>; ++beyond) row[beyond] = kNothing;
             const Vector<T> x = load(row + j);
             high = x > high ? x : high;
           }
@@ -180,17 +179,16 @@ class DenseBackward {
     for (int64_t i = 0; i < rows; ++i, added += columns_) {
       T* sum = tasks_ > 1 ? grad_query(head, number) + (row0 + i) * columns_
                           : g_.query + ((row0 + i) * m_.heads + head) * m_.width;
-      if (starts) std::memcpy(sum, added, m_.width * sizeof(T));
-      else for (int64_t d = 0; d < m_.width; ++d) sum[d] += added[d];
+      for (int64_t d = 0; d < m_.width; ++d) sum[d] = (starts ? T(0) : sum[d]) + added[d] * m_.scale;
     }
   }
 
-  // Of a block of rows and a tile of slots: the weights after dropout, and the gradients of the products before the
-  // scale, with it in them.
+  // Of a block of rows and a tile of slots: the weights after dropout, and the gradients of the scores. The block of the
+  // query has the scale in it, and so has the gradient of the key, its product; that of the query gets it at its end.
   void weights_and_gradients(
       int64_t head, int64_t row0, int64_t rows, int64_t slot0, int64_t slots, const Scratch& s) const {
-    copy_rows(m_.query, head, row0, rows, m_.width, s.query.get(), row_);
-    copy_rows(g_.grad_output, head, row0, rows, m_.width, s.grad.get(), row_);
+    copy_rows(m_.query, head, row0, rows, m_.width, m_.scale, s.query.get(), row_);
+    copy_rows(g_.grad_output, head, row0, rows, m_.width, T(1), s.grad.get(), row_);
     keys_.multiply(s.query.get(), row_, rows, head, slot0, slots, s.weights.get(), kStride);
     if (scored_) values_.multiply(s.grad.get(), row_, rows, head, slot0, slots, s.grads.get(), kStride);
     const bool dropping = m_.dropout.active();
@@ -199,10 +197,10 @@ class DenseBackward {
       const T lse = g_.logsumexp[(row0 + i) * m_.heads + head];
       const T mean = scored_ ? mean_.get()[head * m_.rows + row0 + i] : T(0);
       for (int64_t at = i * kStride; at < i * kStride + slots; at += kWidth<T>) {
-        const Vector<T> p = exp_nonpositive(load(s.weights.get() + at) * m_.scale - lse);
+        const Vector<T> p = exp_nonpositive(load(s.weights.get() + at) - lse);
         const Vector<T> keep = dropping ? load(s.kept.get() + at) : Vector<T>{} + T(1);
         store(s.weights.get() + at, p * keep);
-        if (scored_) store(s.grads.get() + at, (keep * load(s.grads.get() + at) - mean) * p * m_.scale);
+        if (scored_) store(s.grads.get() + at, (keep * load(s.grads.get() + at) - mean) * p);
       }
     }
   }

@@ -70,12 +70,16 @@ inline void add_tile(T* sums, const T* added, int64_t n, T shrink) {
   for (int64_t i = 0; i < n; i += kWidth<T>) store(sums + i, load(sums + i) * shrink + load(added + i));
 }
 
-// Rows row0 ... row0 + count - 1 of one head, near each other: a block that a product reads many times, as its left or
-// its right side.
+// Rows row0 ... row0 + count - 1 of one head times a scale, near each other: a block that a product reads many times, as
+// its left or its right side.
 template <class T>
 inline void copy_rows(
-    const MemoryView<T>& from, int64_t head, int64_t row0, int64_t count, int64_t width, T* to, int64_t to_row) {
-  for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * to_row, from.at(row0 + i, head), width * sizeof(T));
+    const MemoryView<T>& from, int64_t head, int64_t row0, int64_t count, int64_t width, T scale, T* to,
+    int64_t to_row) {
+  for (int64_t i = 0; i < count; ++i) {
+    const T* row = from.at(row0 + i, head);
+    for (int64_t d = 0; d < width; ++d) to[i * to_row + d] = row[d] * scale;
+  }
 }
 
 }  // namespace mpma::MPMA_ISA::memory

@@ -20,6 +20,9 @@ if BACKEND != "cpu":
 if BACKEND == "triton" and DEVICE == "cpu":
     DTYPES.remove(torch.bfloat16)  # the interpreter multiplies wrongly in it
 
+# What the kernels for GPUs serve: head widths, and slots that are kept of a bank.
+WIDEST_HEAD, MOST_KEPT = (10**6, 10**6) if BACKEND == "cpu" else (128, 64)
+
 cpu_only = pytest.mark.skipif(BACKEND != "cpu", reason="of the compiled CPU kernels alone")
 
 
