@@ -2,7 +2,6 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
-
 from emulation import HERE, EmulatedDevice, can_emulate, compile_emulated
 
 

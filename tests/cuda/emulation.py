@@ -21,7 +21,7 @@ CACHE = ROOT / "build" / "emulation"
 INCLUDES = [f"-I{ROOT / 'csrc'}", f"-I{HERE / 'emulator'}", f"-I{HERE}"]
 COMMON = ["-std=c++17", "-DMPMA_EMULATE", "-fPIC", "-Wall", "-Werror", "-g1", *INCLUDES]
 MACHINE = ["-O3", *COMMON]
-# Every load and store becomes a call that the emulator defines. Contraction and calls of memset would hide some.
+# Every load and store becomes a call that the emulator defines; calls of memset would hide some.
 KERNELS = [
     *("-O2", "-fsanitize=thread", "-ffp-contract=off", "-fno-strict-aliasing"),
     *("-fno-tree-loop-distribute-patterns", "-fno-threadsafe-statics", *COMMON),
@@ -52,11 +52,13 @@ def _sources() -> str:
 
 
 def _build(target: Path, command: Sequence[object]) -> Path:
-    """Runs `command`, which makes the file it is given last, unless it is there; other processes may do the same."""
+    """Runs `command -o target` unless the target is there; other processes may do the same."""
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.with_suffix(f".{os.getpid()}{target.suffix}")
-        made = subprocess.run([*map(str, command), "-o", str(scratch)], capture_output=True, text=True)
+        made = subprocess.run(
+            [*map(str, command), "-o", str(scratch)], capture_output=True, text=True
+        )
         if made.returncode:
             raise RuntimeError(f"{target.name} does not compile:\n{made.stderr}")
         os.replace(scratch, target)
@@ -66,13 +68,22 @@ def _build(target: Path, command: Sequence[object]) -> Path:
 def compile_emulated(source: Path) -> Path:
     """The shared library of a C++ file that defines launchers, and the emulator."""
     version = subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout
-    machine_sources = [HERE / "emulator" / "emulator.cpp", HERE / "emulator" / "emulator.h", ROOT / "csrc/cuda/element.h"]
-    machine = CACHE / f"emulator-{_digest(version, MACHINE, *(p.read_text() for p in machine_sources))}.o"
+    machine_sources = [
+        HERE / "emulator" / "emulator.cpp",
+        HERE / "emulator" / "emulator.h",
+        ROOT / "csrc/cuda/element.h",
+    ]
+    machine = (
+        CACHE / f"emulator-{_digest(version, MACHINE, *(p.read_text() for p in machine_sources))}.o"
+    )
     _build(machine, ["g++", *MACHINE, "-c", HERE / "emulator" / "emulator.cpp"])
     key = _digest(version, KERNELS, MACHINE, source.read_text(), _sources())
     kernels = _build(CACHE / f"{source.stem}-{key}.o", ["g++", *KERNELS, "-c", source])
     # No -fsanitize=thread here: the emulator takes the place of its library.
-    return _build(CACHE / f"{source.stem}-{key}.so", ["g++", "-shared", "-Wl,-Bsymbolic,--no-undefined", kernels, machine])
+    return _build(
+        CACHE / f"{source.stem}-{key}.so",
+        ["g++", "-shared", "-Wl,-Bsymbolic,--no-undefined", kernels, machine],
+    )
 
 
 class EmulatedDevice:
@@ -129,7 +140,7 @@ class EmulatedDevice:
             raise EmulationError(re.sub(r"\[at (0x\w+)\]", self._source_lines, error.decode()))
 
     def _source_lines(self, place: re.Match) -> str:
-        """The lines of an address in the library, innermost first, where addr2line is there to ask."""
+        """The source lines of an address in the library, innermost first, if addr2line is there."""
         if not shutil.which("addr2line"):
             return place[0]
         # One before the address that a call returns to.
