@@ -71,6 +71,7 @@ def cuda_extension(cuda_sources: list[str]) -> CUDAExtension:
         "mpma_ext._C_cuda",
         cuda_sources,
         include_dirs=[str(ROOT / "csrc")],
+        depends=[*sources("csrc", "*.h"), *sources("csrc/cuda", "*.h")],
         extra_compile_args={
             "cxx": [*CXX_FLAGS, STABLE_ABI],
             "nvcc": [*NVCC_FLAGS, *CUDA_ARCHITECTURES],

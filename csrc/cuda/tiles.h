@@ -327,7 +327,7 @@ MPMA_DEVICE void multiply(
     Accumulator<kM, kN>& c, const Factor<T, kStrideA, kTransposedA>& a, const Factor<T, kStrideB, kTransposedB>& b,
     int depth) {
   static_assert(kN % 2 == 0, "columns come 16 at a time");
-  MPMA_UNROLL
+  MPMA_UNROLL_PRODUCT
   for (int k = 0; k < depth; k += kDepthStep<T>) {
     StepA<T> left[kM];
     MPMA_UNROLL

@@ -91,19 +91,19 @@ class EmulatedDevice:
 
     def __init__(self, library: Path):
         self._path = library
-        self._library = ctypes.CDLL(str(library), mode=os.RTLD_LOCAL)
-        self._library.mpma_emulator_allocate.restype = ctypes.c_void_p
+        self.library = ctypes.CDLL(str(library), mode=os.RTLD_LOCAL)
+        self.library.mpma_emulator_allocate.restype = ctypes.c_void_p
 
     def _allocate(self, count: int, dtype: torch.dtype, kind: int) -> torch.Tensor:
         size = count * dtype.itemsize
-        at = self._library.mpma_emulator_allocate(ctypes.c_int64(size), ctypes.c_int(kind))
+        at = self.library.mpma_emulator_allocate(ctypes.c_int64(size), ctypes.c_int(kind))
         if at is None:
             raise MemoryError(f"the emulated memory has no room for {size} bytes")
         if count == 0:
-            self._library.mpma_emulator_free(ctypes.c_void_p(at))
+            self.library.mpma_emulator_free(ctypes.c_void_p(at))
             return torch.empty(0, dtype=dtype)
         buffer = (ctypes.c_char * size).from_address(at)
-        weakref.finalize(buffer, self._library.mpma_emulator_free, ctypes.c_void_p(at))
+        weakref.finalize(buffer, self.library.mpma_emulator_free, ctypes.c_void_p(at))
         return torch.frombuffer(buffer, dtype=dtype)
 
     def put(self, tensor: torch.Tensor, *, written: bool = False) -> torch.Tensor:
@@ -129,11 +129,11 @@ class EmulatedDevice:
 
     def seed(self, seed: int) -> None:
         """Draws the order of threads and blocks anew."""
-        self._library.mpma_emulator_seed(ctypes.c_uint64(seed))
+        self.library.mpma_emulator_seed(ctypes.c_uint64(seed))
 
     def call(self, function: str, *arguments: torch.Tensor | int | float | None) -> None:
         """Calls a launcher: tensors and None become pointers, numbers int64_t and double."""
-        call = getattr(self._library, function)
+        call = getattr(self.library, function)
         call.restype = ctypes.c_char_p
         error = call(*map(_argument, arguments))
         if error is not None:

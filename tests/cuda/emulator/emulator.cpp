@@ -105,7 +105,11 @@ int live, at_barrier;
 bool any_of_barrier, result_of_barrier;
 int current = -1;  // the thread that runs, -1 on the host
 void* host_stack;
-char* stacks = map(kMaxThreads * kStackBytes);
+char* const stacks = [] {
+  char* all = map(kMaxThreads * kStackBytes);
+  for (int t = 0; t < kMaxThreads; ++t) mprotect(all + t * kStackBytes, 4096, PROT_NONE);  // what overflows, faults
+  return all;
+}();
 std::string violation;
 const void* site;  // of the access or operation that is checked
 uint64_t random_state = 1;
@@ -209,11 +213,11 @@ void touch(const char* kind, size_t offset, Cell* writes, Cell* reads, size_t by
     Cell& r = reads[i];
     if (w.who == kCopy && w.epoch >= block_epoch)
       fail(describe(kind, access, bytes) + where(i) + "that an asynchronous copy still writes");
-    if (!is_shared && w.epoch >= launch_epoch && w.epoch < block_epoch)
+    const bool atomics = access == Access::kAtomic && (w.who & kAtomics || w.who == kAtomicWarps);
+    if (!is_shared && !atomics && w.epoch >= launch_epoch && w.epoch < block_epoch)
       fail(describe(kind, access, bytes) + where(i) + "that another block writes");
     if (!is_shared && access != Access::kRead && r.epoch >= launch_epoch && r.epoch < block_epoch)
       fail(describe(kind, access, bytes) + where(i) + "that another block reads");
-    const bool atomics = access == Access::kAtomic && (w.who & kAtomics || w.who == kAtomicWarps);
     if (!atomics && !ordered(w, warp_epoch))
       fail("race: " + describe(kind, access, bytes) + where(i) + "with the write of another thread");
     if (access != Access::kWrite && (is_shared ? w.epoch < block_epoch : w.epoch == 0))
