@@ -45,12 +45,6 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
-def _sources() -> str:
-    """The text of every file that a compilation may include."""
-    files = [*(ROOT / "csrc").rglob("*.h"), *HERE.rglob("*.h"), *HERE.rglob("*.cpp")]
-    return _digest(*((path.relative_to(ROOT), path.read_text()) for path in sorted(files)))
-
-
 def _build(target: Path, command: Sequence[object]) -> Path:
     """Runs `command -o target` unless the target is there; other processes may do the same."""
     if not target.exists():
@@ -68,16 +62,14 @@ def _build(target: Path, command: Sequence[object]) -> Path:
 def compile_emulated(source: Path) -> Path:
     """The shared library of a C++ file that defines launchers, and the emulator."""
     version = subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout
-    machine_sources = [
-        HERE / "emulator" / "emulator.cpp",
-        HERE / "emulator" / "emulator.h",
-        ROOT / "csrc/cuda/element.h",
-    ]
-    machine = (
-        CACHE / f"emulator-{_digest(version, MACHINE, *(p.read_text() for p in machine_sources))}.o"
-    )
+    parts = [ROOT / "csrc/cuda/element.h", *sorted((HERE / "emulator").iterdir())]
+    machine = CACHE / f"emulator-{_digest(version, MACHINE, *(p.read_text() for p in parts))}.o"
     _build(machine, ["g++", *MACHINE, "-c", HERE / "emulator" / "emulator.cpp"])
-    key = _digest(version, KERNELS, MACHINE, source.read_text(), _sources())
+    # The preprocessed text changes with the files that are included, and with no others.
+    text = subprocess.run(["g++", *KERNELS, "-E", str(source)], capture_output=True, text=True)
+    if text.returncode:
+        raise RuntimeError(f"{source.name} does not compile:\n{text.stderr}")
+    key = _digest(KERNELS, text.stdout, machine.name)
     kernels = _build(CACHE / f"{source.stem}-{key}.o", ["g++", *KERNELS, "-c", source])
     # No -fsanitize=thread here: the emulator takes the place of its library.
     return _build(
