@@ -9,7 +9,7 @@ RUN := runs/tiny
 PIP_OPTIONS ?=
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_OPTIONS)
 
-.PHONY: help install pretrain bench test fuzz check-triton gpu lint clean
+.PHONY: help install pretrain bench test fuzz check-triton check-cuda gpu lint clean
 
 help:
 	@echo "make install    make .venv, install the project in it and build the extension"
@@ -18,6 +18,7 @@ help:
 	@echo "make test       run all tests"
 	@echo "make fuzz       10,000 random calls of every compiled operator, about ten minutes"
 	@echo "make check-triton  compile every Triton kernel for every GPU, half an hour; no GPU needed"
+	@echo "make check-cuda  compile every CUDA kernel for every GPU and compare the table of registers; needs nvcc, no GPU"
 	@echo "make gpu        on a machine with a GPU: test the kernels on it, then measure them"
 	@echo "make lint       check style and formatting"
 	@echo "make clean      remove the environments and what was built; data and runs stay"
@@ -65,6 +66,9 @@ fuzz: install
 # CHECK_ARGS=--write compiles what changed and writes the tables.
 check-triton: install
 	$(BIN)/python -m mpma_ext.kernels.check --tables docs/kernels $(CHECK_ARGS)
+
+check-cuda: install
+	$(BIN)/python tests/cuda/compile_check.py $(CHECK_ARGS)
 
 gpu: install
 	$(BIN)/python -m benchmarks.gpu

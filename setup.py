@@ -21,6 +21,8 @@ CXX_FLAGS = [
     # Vectors wider than the baseline never cross a call: everything that takes one is inlined.
     "-Wno-psabi",
 ]
+# USE_CUDA: the stable headers declare the current stream only with it.
+NVCC_FLAGS = ["-O3", "-std=c++17", STABLE_ABI, "-DUSE_CUDA"]
 CUDA_ARCHITECTURES = [
     "-gencode=arch=compute_80,code=[sm_80,compute_80]",
     "-gencode=arch=compute_90a,code=sm_90a",
@@ -69,10 +71,10 @@ def cuda_extension(cuda_sources: list[str]) -> CUDAExtension:
         "mpma_ext._C_cuda",
         cuda_sources,
         include_dirs=[str(ROOT / "csrc")],
+        depends=[*sources("csrc", "*.h"), *sources("csrc/cuda", "*.h")],
         extra_compile_args={
             "cxx": [*CXX_FLAGS, STABLE_ABI],
-            # USE_CUDA: the stable headers declare the current stream only with it.
-            "nvcc": ["-O3", "-std=c++17", STABLE_ABI, "-DUSE_CUDA", *CUDA_ARCHITECTURES],
+            "nvcc": [*NVCC_FLAGS, *CUDA_ARCHITECTURES],
         },
         py_limited_api=True,
     )

@@ -5,13 +5,15 @@
 #include <cmath>
 #include <cstdint>
 
+#include "qualifiers.h"
+
 namespace mpma {
 
 struct PhiloxWords {
   uint32_t word[4];
 };
 
-inline PhiloxWords philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed) {
+MPMA_HOST_DEVICE inline PhiloxWords philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t left = uint64_t{0xD2511F53} * c0, right = uint64_t{0xCD9E8D57} * c2;
@@ -34,10 +36,10 @@ struct Dropout {
   Dropout(double p, uint64_t seed)
       : seed(seed), threshold(static_cast<uint32_t>(std::floor(std::ldexp(p, 32)))), kept(1.0 / (1.0 - p)) {}
 
-  bool active() const { return threshold != 0; }
+  MPMA_HOST_DEVICE bool active() const { return threshold != 0; }
 
   // The words of slots 4 * group to 4 * group + 3 for one flattened row and head of memory attention.
-  PhiloxWords memory_words(int64_t group, int64_t head, int64_t row) const {
+  MPMA_HOST_DEVICE PhiloxWords memory_words(int64_t group, int64_t head, int64_t row) const {
     const auto r = static_cast<uint64_t>(row);
     return philox(
         static_cast<uint32_t>(group), static_cast<uint32_t>(head), static_cast<uint32_t>(r),
