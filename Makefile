@@ -16,7 +16,7 @@ help:
 	@echo "make pretrain   from nothing to a pretrained, evaluated model on synthetic data"
 	@echo "make bench      measure the operators beside PyTorch's own, about five minutes"
 	@echo "make test       run all tests"
-	@echo "make fuzz       10,000 random calls of every compiled operator, about ten minutes"
+	@echo "make fuzz       10,000 random calls of every compiled operator, a quarter of an hour"
 	@echo "make check-triton  compile every Triton kernel for every GPU, half an hour; no GPU needed"
 	@echo "make check-cuda  compile every CUDA kernel for every GPU and compare the table of registers; needs nvcc, no GPU"
 	@echo "make gpu        on a machine with a GPU: test the kernels on it, then measure them"
