@@ -22,18 +22,20 @@ import mpma_ext.kernels
 from mpma_ext.kernels.compile import Case, compile_case
 from mpma_ext.kernels.launch import SHARED_MEMORY
 
-STEMS = ("masked_attention", "memory_attention", "token_patch_similarity")
+# A family's files are those whose names begin so.
+STEMS = {
+    "masked_attention": "masked_attention",
+    "memory_attention": "memory_attention",
+    "token_patch_similarity": "token_patch",
+}
 COLUMNS = ("kernel", "generation", "hash", "registers", "spills", "shared", "tensor_cores")
-# A family may have members whose names do not begin with its own.
-MEMBERS = {"token_patch_max_similarity": "token_patch_similarity"}
 
 
 def cases(stem: str) -> dict[tuple[str, str], Case]:
     """All cases of an operator family, by name and generation."""
     found = {}
     for module in pkgutil.iter_modules(mpma_ext.kernels.__path__):
-        family = next((f for m, f in MEMBERS.items() if module.name.startswith(m)), module.name)
-        if family.startswith(stem):
+        if module.name.startswith(STEMS[stem]):
             kernels = importlib.import_module(f"mpma_ext.kernels.{module.name}")
             if hasattr(kernels, "compile_cases"):
                 found |= {(c.name, c.generation): c for c in kernels.compile_cases()}
@@ -85,6 +87,8 @@ def check(stem: str, tables: Path, *, anew: bool, jobs: int) -> list[str]:
     With `anew`, rows whose hash still holds are taken over as they are.
     """
     path = tables / f"{stem}.csv"
+    if not anew and not path.exists():
+        return [f"{path} is not there: --write makes it"]
     wanted, before = cases(stem), read(path)
     rows = {}
     if anew:
@@ -124,7 +128,9 @@ def _compiled(stem: str, key: tuple[str, str]) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> int:
     """The command; 1 where something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stems", nargs="*", default=STEMS, metavar="FAMILY", help=", ".join(STEMS))
+    parser.add_argument(
+        "stems", nargs="*", default=[*STEMS], metavar="FAMILY", help=", ".join(STEMS)
+    )
     parser.add_argument("--tables", type=Path, required=True, help="folder of the tables")
     parser.add_argument("--write", action="store_true", help="compile what changed, write tables")
     parser.add_argument(

@@ -1,4 +1,4 @@
-// Element types as bits, the same on host and device, and the qualifiers of device code.
+// Element types and registers as bits, the same on host and device, and the qualifiers of device code.
 #pragma once
 
 #include <cstdint>
@@ -36,6 +36,18 @@ struct alignas(8) Bytes8 {
 };
 struct alignas(16) Bytes16 {
   uint32_t word[4];
+};
+
+// Registers of a warp's operands on the tensor cores, in the layouts of the PTX manual. C and D (16 x 8) share one: value
+// 2i + j of a lane is row lane / 4 + 8 i, column 2 (lane % 4) + j.
+struct Registers4 {
+  uint32_t r[4];
+};
+struct Registers2 {
+  uint32_t r[2];
+};
+struct Sum {
+  float value[4];
 };
 
 template <class T>

@@ -152,18 +152,6 @@ MPMA_DEVICE void cp_async_wait() {
 
 // --- Tensor cores ----------------------------------------------------------------------------------------------------
 
-// Registers of a warp's operands, in the layouts of the PTX manual. C and D (16 x 8) share one: value 2i + j of a lane is
-// row lane / 4 + 8 i, column 2 (lane % 4) + j.
-struct Registers4 {
-  uint32_t r[4];
-};
-struct Registers2 {
-  uint32_t r[2];
-};
-struct Sum {
-  float value[4];
-};
-
 // Four 8 x 8 matrices of 2-byte elements: lane i gives the 16-byte aligned address of row i % 8 of matrix i / 8, and gets,
 // of matrix m, row lane / 4, columns 2 (lane % 4) and the next in r[m].
 MPMA_DEVICE Registers4 ldmatrix(const void* row) {

@@ -30,12 +30,12 @@ def assert_close(pair):
         torch.testing.assert_close(got, expected, **CLOSE)
 
 
-def without_compiled(operator):
+def on_cpu(operator):
     return [name for name in BASELINES[operator] if name not in ("compiled", "sdpa_cudnn")]
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", without_compiled("masked_attention"))
+@pytest.mark.parametrize("name", on_cpu("masked_attention"))
 def test_masked_attention(name, masked):
     size = (3, 7, 2, 5)
     mask = {"key_padding_mask": prefixes(7, 4, 1) if masked else None}
@@ -66,7 +66,7 @@ MEMORY_FORMS = {
     ("name", "topk"), [(name, topk) for name, kinds in MEMORY_FORMS.items() for topk in kinds]
 )
 def test_memory_attention(name, topk):
-    assert MEMORY_FORMS.keys() == set(without_compiled("memory_attention"))
+    assert MEMORY_FORMS.keys() == set(on_cpu("memory_attention"))
     size, bank = (2, 4, 2, 5), (9, 2, 5)
     sizes = {"query": size, "memory_key": bank, "memory_value": bank}
     assert_close(both("memory_attention", name, {"topk": topk}, size, **sizes))
@@ -75,7 +75,7 @@ def test_memory_attention(name, topk):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     ("operator", "name"),
-    [(operator, name) for operator in SIMILARITIES for name in without_compiled(operator)],
+    [(operator, name) for operator in SIMILARITIES for name in on_cpu(operator)],
 )
 def test_similarities(operator, name, masked):
     mask = {"token_mask": prefixes(5, 2, 4) if masked else None}

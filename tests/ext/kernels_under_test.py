@@ -13,6 +13,10 @@ import mpma_ext  # noqa: F401  registers torch.ops.mpma
 
 BACKEND = os.environ.get("MPMA_TEST_BACKEND", "cpu")
 DEVICE = os.environ.get("MPMA_TEST_DEVICE", "cpu")
+# On another device the operators would be served by other kernels, and every test pass.
+PLACES = (("cpu", "cpu"), ("triton", "cpu"), ("triton", "cuda"), ("cuda", "cuda"))
+if (BACKEND, DEVICE) not in PLACES:
+    raise ValueError(f"MPMA_TEST_BACKEND={BACKEND} on MPMA_TEST_DEVICE={DEVICE}: not in {PLACES}")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 if BACKEND != "cpu":
@@ -44,7 +48,14 @@ class Operators:
 
 
 def moved(argument, device):
-    return argument.to(device) if isinstance(argument, torch.Tensor) else argument
+    """A tensor on the device with the strides it has here, and what lies between its elements."""
+    if not isinstance(argument, torch.Tensor) or argument.device.type == device:
+        return argument
+    if argument.is_contiguous():
+        return argument.to(device)
+    span = 1 + sum((n - 1) * s for n, s in zip(argument.shape, argument.stride(), strict=True))
+    memory = argument.as_strided((span,), (1,)).to(device)
+    return memory.as_strided(argument.shape, argument.stride())
 
 
 OPS = Operators()

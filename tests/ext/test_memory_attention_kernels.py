@@ -26,6 +26,8 @@ SHAPES = [
     (3, 1, 16, 2100, 2090),  # more slots kept than a tile holds
     (7, 3, 5, 17, 0),  # dense, nothing fits a vector
     (100, 1, 64, 600, 0),  # dense, three blocks of rows and three tiles of slots
+    (5, 2, 8, 2200, 0),  # dense, several tiles of slots a task of the backward
+    (100, 40, 8, 300, 0),  # dense, so many heads that one task has all of a head's tiles
 ]
 SHAPES = [shape for shape in SHAPES if shape[-1] <= MOST_KEPT]
 

@@ -32,43 +32,38 @@ void warp_barrier() {
   together("warp_barrier", [](Lane*) { ++warp().epoch; }, nullptr, nullptr);
 }
 
+namespace {
+
+// Every lane i gets the value of lane kFrom(i, by), `by` being its own.
+template <int (*kFrom)(int, int)>
+uint64_t exchange(const char* name, uint64_t x, int by) {
+  uint64_t y;
+  together(
+      name,
+      [](Lane* lane) {
+        for (int i = 0; i < kWarp; ++i) out<uint64_t>(lane[i]) = in<uint64_t>(lane[kFrom(i, in<int>(lane[i], 1))]);
+      },
+      &x, &y, &by);
+  return y;
+}
+
+int across(int lane, int by) { return (lane ^ by) % kWarp; }
+int at(int, int by) { return by & (kWarp - 1); }
+int below(int lane, int by) { return lane < by ? lane : lane - by; }
+
+}  // namespace
+
 uint64_t exchange_xor(uint64_t x, int lanes) {
   site = __builtin_return_address(0);
-  uint64_t y;
-  together(
-      "shuffle_xor",
-      [](Lane* lane) {
-        for (int i = 0; i < kWarp; ++i) out<uint64_t>(lane[i]) = in<uint64_t>(lane[(i ^ in<int>(lane[i], 1)) % kWarp]);
-      },
-      &x, &y, &lanes);
-  return y;
+  return exchange<across>("shuffle_xor", x, lanes);
 }
-
 uint64_t exchange_from(uint64_t x, int from) {
   site = __builtin_return_address(0);
-  uint64_t y;
-  together(
-      "shuffle",
-      [](Lane* lane) {
-        for (int i = 0; i < kWarp; ++i) out<uint64_t>(lane[i]) = in<uint64_t>(lane[in<int>(lane[i], 1) & (kWarp - 1)]);
-      },
-      &x, &y, &from);
-  return y;
+  return exchange<at>("shuffle", x, from);
 }
-
 uint64_t exchange_up(uint64_t x, int lanes) {
   site = __builtin_return_address(0);
-  uint64_t y;
-  together(
-      "shuffle_up",
-      [](Lane* lane) {
-        for (int i = 0; i < kWarp; ++i) {
-          const int from = i - in<int>(lane[i], 1);
-          out<uint64_t>(lane[i]) = in<uint64_t>(lane[from < 0 ? i : from]);
-        }
-      },
-      &x, &y, &lanes);
-  return y;
+  return exchange<below>("shuffle_up", x, lanes);
 }
 
 uint32_t ballot(bool x) {

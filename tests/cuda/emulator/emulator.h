@@ -161,15 +161,6 @@ void cp_async_wait() {
 }
 
 // Tensor cores.
-struct Registers4 {
-  uint32_t r[4];
-};
-struct Registers2 {
-  uint32_t r[2];
-};
-struct Sum {
-  float value[4];
-};
 Registers4 ldmatrix(const void* row);
 Registers4 ldmatrix_transposed(const void* row);
 template <class T>
