@@ -1,8 +1,9 @@
 """The gradients of memory attention over the best slots, which are taken from the forward.
 
 In the notation of memory_attention_backward: a program owns a few rows, gathers their K keys and
-values, sums dq, and leaves the K pairs (w z, scale s) of a row behind. Every slot then sums the
-pairs that name it, in order of rows, which a stable sort of the slots' numbers has found.
+values, makes their softmax anew, Δ = Σ w z⟨g, v⟩ with it, sums dq, and leaves the K pairs
+(w z, scale s) of a row behind. Every slot then sums the pairs that name it, in order of rows, which
+a stable sort of the slots' numbers has found.
 """
 
 from collections.abc import Iterator
@@ -38,8 +39,6 @@ def _best_rows(
     query,  # (rows, heads, width)
     key,  # (slots, heads, width)
     value,  # (slots, heads, width)
-    output,  # (rows, heads, width)
-    logsumexp,  # (rows, heads)
     indices,  # (rows, heads, topk) int32
     seed,  # (1) int64 or None
     grad_query,  # (rows, heads, width) or None
@@ -56,8 +55,6 @@ def _best_rows(
     key_head,
     value_slot,
     value_head,
-    output_row,
-    output_head,
     scale,
     threshold: tl.uint32,
     kept_scale,
@@ -75,15 +72,14 @@ def _best_rows(
     index = place[:, None] * topk + nth[None]
     slot = tl.load(indices + index, mask=real, other=0)
     query, key = of_head(query, head, query_head), of_head(key, head, key_head)
-    value, output = of_head(value, head, value_head), of_head(output, head, output_head)
+    value = of_head(value, head, value_head)
     grad_output = of_head(grad_output, head, grad_output_head)
     q = load_rows(query, first_row, query_row, real_row, width, BLOCK_D).to(tl.float32)
     g = load_rows(grad_output, first_row, grad_output_row, real_row, width, BLOCK_D).to(tl.float32)
-    o = load_rows(output, first_row, output_row, real_row, width, BLOCK_D).to(tl.float32)
-    statistic = tl.load(logsumexp + place, mask=real_row, other=0)[:, None]
     k = gather_rows(key, slot, key_slot, real, width, BLOCK_D)
-    scores = tl.sum(q[:, None] * k, 2) * scale
-    weights = tl.where(real, tl.exp(scores - statistic), 0.0)
+    scores = tl.where((nth < topk)[None], tl.sum(q[:, None] * k, 2) * scale, -float("inf"))
+    weights = tl.exp(scores - tl.max(scores, 1)[:, None])
+    weights = weights / tl.sum(weights, 1)[:, None]
     v = gather_rows(value, slot, value_slot, real, width, BLOCK_D)
     grad_weights = tl.sum(g[:, None] * v, 2)
     kept_weights = weights
@@ -91,8 +87,8 @@ def _best_rows(
         keep = keep_slots(seed, threshold, row, head, slot)
         kept_weights = tl.where(keep, weights * kept_scale, 0.0)
         grad_weights = tl.where(keep, grad_weights * kept_scale, 0.0)
-    grad_scores = weights * (grad_weights - tl.sum(g * o, 1)[:, None]) * scale
-    grad_scores = tl.where(real, grad_scores, 0.0)
+    delta = tl.sum(weights * grad_weights, 1)[:, None]
+    grad_scores = weights * (grad_weights - delta) * scale
     if grad_query is not None:
         total = tl.sum(grad_scores[:, :, None] * k, 1)
         grad_query = of_head(grad_query, head, width)
@@ -167,7 +163,6 @@ def gradients(
     coefficients = query.new_empty((*indices.shape, 2), dtype=torch.float32) if need_bank else None
     row = launch(STEM, "_best_rows", query, f"{D}x{K}")
     _best_rows[(triton.cdiv(rows, row["BLOCK_M"]) * heads,)](
-        logsumexp=operands["logsumexp"],
         indices=indices,
         grad_query=grad_query,
         coefficients=coefficients,
@@ -177,7 +172,7 @@ def gradients(
         width=width,
         BLOCK_K=K,
         BLOCK_D=D,
-        **strided(operands, "grad_output", "query", "key", "value", "output"),
+        **strided(operands, "grad_output", "query", "key", "value"),
         **dropout,
         **row,
     )

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from kernels_under_test import DTYPES, MOST_KEPT, OPS, cpu_only
+from kernels_under_test import DTYPES, INTERPRETED, MOST_KEPT, OPS, cpu_only
 
 from mpma_ext.backends import COMPILED
 from mpma_ext.reference.philox import memory_dropout_keep
@@ -30,6 +30,10 @@ SHAPES = [
     (100, 40, 8, 300, 0),  # dense, so many heads that one task has all of a head's tiles
 ]
 SHAPES = [shape for shape in SHAPES if shape[-1] <= MOST_KEPT]
+if INTERPRETED:
+    SHAPES.remove((100, 40, 8, 300, 0))  # its trap is the CPU kernel's
+    SHAPES[SHAPES.index((50, 2, 64, 300, 32))] = (50, 2, 64, 130, 32)  # two tiles of slots
+    SHAPES[SHAPES.index((5, 2, 8, 2200, 0))] = (5, 2, 8, 330, 0)
 
 
 def operands(rows, heads, width, slots, dtype=torch.float32, seed=0):
@@ -128,7 +132,9 @@ def largest(tensor):
     return tensor.abs().max().item()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [d for d in (torch.float32, torch.bfloat16) if d in DTYPES], ids=str
+)
 def test_one_slot(dtype):
     """The output is the slot's value; the gradient of the score, a difference of equals, is 0."""
     query, key, value, grad = operands(3, 2, 8, 1, dtype=dtype)
@@ -160,7 +166,7 @@ TRAPS = {
 
 
 @pytest.mark.parametrize("topk", [1, 3, 32, 63])
-@pytest.mark.parametrize("slots", [64, 2048, 4099])
+@pytest.mark.parametrize("slots", [64, 300, 515] if INTERPRETED else [64, 2048, 4099])
 @pytest.mark.parametrize("trap", TRAPS)
 def test_ties_and_extremes_select_as_a_stable_sort(trap, slots, topk):
     torch.manual_seed(0)
