@@ -18,7 +18,6 @@ import triton.language as tl
 
 from mpma_ext.kernels.launch import launch
 from mpma_ext.kernels.similarity_tiles import (
-    ROWS,
     cases,
     precision,
     rows_in_place,
@@ -328,22 +327,17 @@ def _gradient(own: tuple, other: tuple) -> torch.Tensor:
 
 def compile_cases() -> Iterator["Case"]:
     """Every kernel in every row of the table, at 768 features."""
-    sides = {"tokens": "", "patches": "", "token_mask": "i1", "patch_mask": "i1"}
-    results = dict.fromkeys(("to_patches", "to_tokens"), "fp32")
-    results |= dict.fromkeys(("patch_index", "token_index"), "i32")
-    sizes = {"D": 768, **ROWS}
-    sizes |= {"token_mask_row": 1, "patch_mask_row": 1}
-    for variant, of_patch in (("", None), (" many tokens", "fp32")):
-        pointers = {**sides, **results, "of_patch": of_patch}
-        yield from cases(STEM, _max_similarity, pointers, sizes, variant)
-    pointers = {"others": "", "own_mask": "i1", "other_mask": "i1", "grad": ""}
-    pointers |= dict.fromkeys(("own_index", "other_index"), "i32")
-    pointers |= dict.fromkeys(("own_grad", "other_grad"), "fp32")
-    sizes = {
-        "D": 768,
-        "others_item": 196 * 768,
-        "others_row": 768,
-        "own_mask_row": 1,
-        "other_mask_row": 1,
+    sides = {"tokens": None, "patches": None, "token_mask": torch.bool, "patch_mask": torch.bool}
+    results = dict.fromkeys(("to_patches", "to_tokens", "of_patch"), torch.float32)
+    results |= dict.fromkeys(("patch_index", "token_index"), torch.int32)
+    yield from cases(STEM, _max_similarity, sides | results, {"of_patch": None})
+    yield from cases(STEM, _max_similarity, sides | results, {"T": 200}, " many tokens")
+    tensors = {"others": None, "grad": None, "own_mask": torch.bool, "other_mask": torch.bool}
+    tensors |= dict.fromkeys(("own_index", "other_index"), torch.int32)
+    tensors |= dict.fromkeys(("own_grad", "other_grad"), torch.float32)
+    of_reports = {
+        **{"other_items": 256, "M": 64, "K": 196, "own_pair": 256, "other_pair": 1},
+        **{"others_item": 196 * 768, "others_row": 768},
+        **{"own_mask_item": 64, "own_mask_row": 1, "other_mask_item": 196, "other_mask_row": 1},
     }
-    yield from cases(STEM, _max_gradient, pointers, sizes)
+    yield from cases(STEM, _max_gradient, tensors, of_reports)

@@ -18,7 +18,6 @@ import triton.language as tl
 
 from mpma_ext.kernels.launch import launch
 from mpma_ext.kernels.similarity_tiles import (
-    ROWS,
     cases,
     precision,
     rows_in_place,
@@ -395,14 +394,14 @@ def _programs(device: torch.device, scratch: int) -> int:
 
 def compile_cases() -> Iterator["Case"]:
     """The kernel in every row of the table, at 768 features: with and without Gram matrices."""
-    pointers = dict.fromkeys(("tokens", "patches", "factor", "weights"), "")
-    pointers |= {"token_mask": "i1", "patch_mask": "i1", "token_norm": "fp32", "out": "fp32"}
-    sizes = {"D": 768, **ROWS, "P_padded": 208, "SAFE": True}
-    sizes |= {"token_mask_row": 1, "patch_mask_row": 1}
-    by_gram = {**sizes, "BY_GRAM": True, "factor_item": 208 * 208, "factor_row": 208}
-    by_features = {**sizes, "BY_GRAM": False, "N": 768}
-    by_features |= {"factor_item": 196 * 768, "factor_row": 768}
-    one_tile, more = {**pointers, "column": None}, {**pointers, "column": "fp32"}
-    yield from cases(STEM, _similarity, one_tile, by_gram)
-    yield from cases(STEM, _similarity, one_tile, by_features, " without Gram")
-    yield from cases(STEM, _similarity, more, {**by_features, "SAFE": False}, " many tokens")
+    tensors = dict.fromkeys(("tokens", "patches", "factor", "weights"))
+    tensors |= dict.fromkeys(("token_mask", "patch_mask"), torch.bool)
+    tensors |= dict.fromkeys(("token_norm", "column", "out"), torch.float32)
+    by_gram = {"BY_GRAM": True, "SAFE": True, "N": 196, "factor_item": 208 * 208}
+    by_gram |= {"factor_row": 208, "column": None}
+    without = {**by_gram, "BY_GRAM": False, "N": 768, "factor_item": 196 * 768, "factor_row": 768}
+    many = {name: value for name, value in without.items() if name != "column"}
+    many |= {"SAFE": False, "T": 200}
+    yield from cases(STEM, _similarity, tensors, by_gram)
+    yield from cases(STEM, _similarity, tensors, without, " without Gram")
+    yield from cases(STEM, _similarity, tensors, many, " many tokens")

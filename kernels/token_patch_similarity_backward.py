@@ -26,7 +26,6 @@ import triton.language as tl
 
 from mpma_ext.kernels.launch import launch
 from mpma_ext.kernels.similarity_tiles import (
-    ROWS,
     cases,
     precision,
     rows_in_place,
@@ -437,16 +436,14 @@ def _slices(length: int, step: int) -> list[slice]:
 
 def compile_cases() -> Iterator["Case"]:
     """Every kernel in every row of the table, at 768 features."""
-    kept = {"weights": "", "statistics": "fp32", "patch_mask": "i1"}
-    sizes = {"P_padded": 208, "token_mask_row": 1, "patch_mask_row": 1}
-    pointers = {**kept, "tokens": "", "patches": "", "token_mask": "i1", "scores": "fp32"}
-    features = {**sizes, "D": 768, **ROWS}
-    one_tile, more = {**pointers, "column": None}, {**pointers, "column": "fp32"}
-    yield from cases(STEM, _weights, one_tile, {**features, "SAFE": True})
-    yield from cases(STEM, _weights, more, {**features, "SAFE": False}, " many tokens")
-    pointers = {**kept, "product": "", "token_norm": "fp32", "grad_output": "fp32"}
-    yield from cases(STEM, _token_gradients, pointers, {**sizes, "BY_GRAM": True, "N": 208})
-    without = {**sizes, "BY_GRAM": False, "N": 768}
-    yield from cases(STEM, _token_gradients, pointers, without, " without Gram")
-    pointers = {**kept, "scores": "fp32", "grad_weights": "", "grad_scores": ""}
-    yield from cases(STEM, _score_gradients, pointers, sizes)
+    tensors = dict.fromkeys(("tokens", "patches", "weights", "product", "grad_weights"))
+    tensors |= {"grad_scores": None} | dict.fromkeys(("token_mask", "patch_mask"), torch.bool)
+    of_scores = ("scores", "statistics", "column", "token_norm", "grad_output")
+    tensors |= dict.fromkeys(of_scores, torch.float32)
+    yield from cases(STEM, _weights, tensors, {"SAFE": True, "column": None})
+    yield from cases(STEM, _weights, tensors, {"SAFE": False, "T": 200}, " many tokens")
+    of_grad = {"grad_report": 256, "grad_image": 1}
+    by_gram, without = {"BY_GRAM": True, "N": 208}, {"BY_GRAM": False, "N": 768}
+    yield from cases(STEM, _token_gradients, tensors, by_gram | of_grad)
+    yield from cases(STEM, _token_gradients, tensors, without | of_grad, " without Gram")
+    yield from cases(STEM, _score_gradients, tensors, {})
