@@ -46,7 +46,6 @@ def _best_rows(
     topk,
     rows,
     heads,
-    width,
     grad_output_row,
     grad_output_head,
     query_row,
@@ -58,6 +57,7 @@ def _best_rows(
     scale,
     threshold: tl.uint32,
     kept_scale,
+    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -74,13 +74,13 @@ def _best_rows(
     query, key = of_head(query, head, query_head), of_head(key, head, key_head)
     value = of_head(value, head, value_head)
     grad_output = of_head(grad_output, head, grad_output_head)
-    q = load_rows(query, first_row, query_row, real_row, width, BLOCK_D).to(tl.float32)
-    g = load_rows(grad_output, first_row, grad_output_row, real_row, width, BLOCK_D).to(tl.float32)
-    k = gather_rows(key, slot, key_slot, real, width, BLOCK_D)
+    q = load_rows(query, first_row, query_row, real_row, WIDTH, BLOCK_D).to(tl.float32)
+    g = load_rows(grad_output, first_row, grad_output_row, real_row, WIDTH, BLOCK_D).to(tl.float32)
+    k = gather_rows(key, slot, key_slot, real, WIDTH, BLOCK_D)
     scores = tl.where((nth < topk)[None], tl.sum(q[:, None] * k, 2) * scale, -float("inf"))
     weights = tl.exp(scores - tl.max(scores, 1)[:, None])
     weights = weights / tl.sum(weights, 1)[:, None]
-    v = gather_rows(value, slot, value_slot, real, width, BLOCK_D)
+    v = gather_rows(value, slot, value_slot, real, WIDTH, BLOCK_D)
     grad_weights = tl.sum(g[:, None] * v, 2)
     kept_weights = weights
     if seed is not None:
@@ -91,8 +91,8 @@ def _best_rows(
     grad_scores = weights * (grad_weights - delta) * scale
     if grad_query is not None:
         total = tl.sum(grad_scores[:, :, None] * k, 1)
-        grad_query = of_head(grad_query, head, width)
-        store_rows(grad_query, first_row, heads * width, real_row, total, width, BLOCK_D)
+        grad_query = of_head(grad_query, head, WIDTH)
+        store_rows(grad_query, first_row, heads * WIDTH, real_row, total, WIDTH, BLOCK_D)
     if coefficients is not None:
         tl.store(coefficients + 2 * index, kept_weights, mask=real)
         tl.store(coefficients + 2 * index + 1, grad_scores, mask=real)
@@ -108,11 +108,11 @@ def _best_slots(
     grad_key,  # (slots, heads, width) or None
     grad_value,  # (slots, heads, width) or None
     slots,
-    width,
     grad_output_row,
     grad_output_head,
     query_row,
     query_head,
+    WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
     TOPK: tl.constexpr,  # constant, since every coefficient's number is divided by it
     BLOCK_M: tl.constexpr,
@@ -132,18 +132,18 @@ def _best_slots(
         row = number // (HEADS * TOPK)
         if grad_value is not None:
             weight = tl.load(coefficients + 2 * number, mask=real, other=0)
-            g = gather_rows(grad_output, row, grad_output_row, real, width, BLOCK_D)
+            g = gather_rows(grad_output, row, grad_output_row, real, WIDTH, BLOCK_D)
             value_total += weight[:, None] * g
         if grad_key is not None:
             grad_score = tl.load(coefficients + 2 * number + 1, mask=real, other=0)
-            q = gather_rows(query, row, query_row, real, width, BLOCK_D)
+            q = gather_rows(query, row, query_row, real, WIDTH, BLOCK_D)
             key_total += grad_score[:, None] * q
     d = tl.arange(0, BLOCK_D)
-    place = (slot.to(tl.int64) * HEADS + head) * width + d
+    place = (slot.to(tl.int64) * HEADS + head) * WIDTH + d
     if grad_key is not None:
-        tl.store(grad_key + place, tl.sum(key_total, 0), mask=d < width)
+        tl.store(grad_key + place, tl.sum(key_total, 0), mask=d < WIDTH)
     if grad_value is not None:
-        tl.store(grad_value + place, tl.sum(value_total, 0), mask=d < width)
+        tl.store(grad_value + place, tl.sum(value_total, 0), mask=d < WIDTH)
 
 
 def gradients(
@@ -169,7 +169,7 @@ def gradients(
         topk=topk,
         rows=rows,
         heads=heads,
-        width=width,
+        WIDTH=width,
         BLOCK_K=K,
         BLOCK_D=D,
         **strided(operands, "grad_output", "query", "key", "value"),
@@ -189,7 +189,7 @@ def gradients(
         grad_key=bank[0],
         grad_value=bank[1],
         slots=slots,
-        width=width,
+        WIDTH=width,
         HEADS=heads,
         TOPK=topk,
         BLOCK_D=D,

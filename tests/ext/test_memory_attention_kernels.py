@@ -165,8 +165,8 @@ TRAPS = {
 }
 
 
-@pytest.mark.parametrize("topk", [1, 3, 32, 63])
-@pytest.mark.parametrize("slots", [64, 300, 515] if INTERPRETED else [64, 2048, 4099])
+@pytest.mark.parametrize("topk", [3, 63] if INTERPRETED else [1, 3, 32, 63])
+@pytest.mark.parametrize("slots", [64, 300] if INTERPRETED else [64, 2048, 4099])
 @pytest.mark.parametrize("trap", TRAPS)
 def test_ties_and_extremes_select_as_a_stable_sort(trap, slots, topk):
     torch.manual_seed(0)
@@ -199,18 +199,19 @@ def test_extreme_scores_are_weighted_as_by_softmax(trap, topk):
 
 @pytest.mark.parametrize("topk", [0, 5])
 def test_nan_in_a_query_row_stays_in_its_row_and_is_not_hidden(topk):
-    query, key, value, grad = operands(60, 2, 8, 300)
-    query[33, 1, 2] = torch.nan
+    rows, slots = (20, 140) if INTERPRETED else (60, 300)
+    query, key, value, grad = operands(rows, 2, 8, slots)
+    query[rows // 2, 1, 2] = torch.nan
     output, indices, grad_query, grad_key, grad_value = run((query, key, value, grad), topk)
     for tensor in (output, grad_query):
-        assert tensor[33, 1].isnan().all()
-        tensor[33, 1] = 0
+        assert tensor[rows // 2, 1].isnan().all()
+        tensor[rows // 2, 1] = 0
         assert tensor.isfinite().all()
-    reached = torch.zeros(300, 2, dtype=torch.bool)
+    reached = torch.zeros(slots, 2, dtype=torch.bool)
     reached[:, 1] = True
     if topk:
         reached[:, 1] = False
-        reached[indices[33, 1].long(), 1] = True
+        reached[indices[rows // 2, 1].long(), 1] = True
     for tensor in (grad_key, grad_value):
         assert tensor[reached].isnan().all()
         assert tensor[~reached].isfinite().all()
@@ -247,7 +248,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("topk", [0, 5])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_do_not_matter(layout, topk):
-    tensors = operands(30, 3, 6, 40)
+    tensors = operands(9, 3, 6, 17) if INTERPRETED else operands(30, 3, 6, 40)
     laid_out = [LAYOUTS[layout](t) for t in tensors]
     assert not any(t.is_contiguous() for t in laid_out)
     for a, b in zip(run(laid_out, topk), run(tensors, topk), strict=True):
@@ -268,7 +269,7 @@ def test_expanded_operands(topk):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("topk", [0, 5])
 def test_each_combination_of_needed_gradients(topk, dropout_p):
-    tensors = operands(30, 2, 8, 40)
+    tensors = operands(9, 2, 8, 17) if INTERPRETED else operands(30, 2, 8, 40)
     _, _, *whole = run(tensors, topk, dropout_p=dropout_p)
     for need in itertools.product((False, True), repeat=3):
         _, _, *some = run(tensors, topk, dropout_p=dropout_p, need=need)
