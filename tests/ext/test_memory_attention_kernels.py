@@ -292,6 +292,16 @@ def test_dropout_draws_the_reference_mask(topk):
     torch.testing.assert_close(weights, keep * kept_weights / (1 - p))
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="of the Triton kernels alone")
+def test_work_in_pieces_gives_the_same_bits(monkeypatch):
+    tensors = operands(9, 3, 8, 17)
+    whole = run(tensors, 5, dropout_p=0.3)
+    monkeypatch.setattr("mpma_ext.kernels.memory_attention.CANDIDATE_ROWS", 12)
+    monkeypatch.setattr("mpma_ext.kernels.memory_attention_topk_backward.ENTRIES", 90)
+    for piecewise, at_once in zip(run(tensors, 5, dropout_p=0.3), whole, strict=True):
+        assert torch.equal(piecewise, at_once)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("topk", [0, 9])
 @cpu_only
