@@ -5,22 +5,20 @@ binder looks at the arguments, since a kernel knows of an integer whether it is 
 16, and of a pointer that it is aligned.
 """
 
+import contextlib
 import hashlib
+import io
 import re
-import subprocess
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import MockTensor, create_function_from_signature
 
 from mpma_ext.kernels.launch import SHARED_MEMORY
-
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
@@ -71,27 +69,19 @@ def compile_case(case: Case) -> dict[str, object]:
     source = ASTSource(case.kernel, *specialised(case.kernel, case.arguments))
     target = GPUTarget("cuda", int(case.generation.removeprefix("sm")), 32)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    compiled = triton.compile(source, target=target, options=options)
+    said = io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(said):
+        knobs.compilation.always_compile = True  # what comes from a cache says nothing
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=target, options=options)
+    (registers,) = re.findall(r"Used (\d+) registers", said.getvalue())
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said.getvalue())
     shared = compiled.metadata.shared
     return {
         "hash": case.digest(),
-        **_assembled(compiled.asm["ptx"], case.generation),
+        "registers": int(registers),
+        "spills": sum(map(int, spilled)),
         "shared": shared,
         "fits": shared <= SHARED_MEMORY[case.generation],
         "tensor_cores": sorted(set(re.findall(r"wgmma|mma\.sync|tcgen05", compiled.asm["ptx"]))),
     }
-
-
-def _assembled(ptx: str, generation: str) -> dict[str, int]:
-    """What ptxas says of registers and spills."""
-    blackwell = generation == "sm100"
-    tool = _TOOLS / ("ptxas-blackwell" if blackwell else "ptxas")
-    arch = generation.replace("sm", "sm_") + ("a" if generation in ("sm90", "sm100") else "")
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [str(tool), "-v", f"-arch={arch}", file.name, "-o", "/dev/null"]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    (registers,) = re.findall(r"Used (\d+) registers", said)
-    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
-    return {"registers": int(registers), "spills": sum(map(int, spilled))}

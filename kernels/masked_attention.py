@@ -192,7 +192,7 @@ def _attend(
         WIDTH=width,
         DROPOUT=dropout_p > 0,
         ONE_TILE=keys <= row["BLOCK_N"],
-        PRECISION=precision(query),
+        PRECISION=precision(),
         BLOCK_D=block_d(width),
         **row,
     )

@@ -48,7 +48,7 @@ def _write_gradients(
     sizes = (heads, items, *longest, query_rows, key.shape[-3])
     sizes += (scale, 1 / (1 - dropout_p), dropout_threshold(dropout_p))
     constants = {"WIDTH": width, "DROPOUT": dropout_p > 0, "BLOCK_D": block_d(width)}
-    constants["PRECISION"] = precision(query)
+    constants["PRECISION"] = precision()
     row = launch(STEM, "_backward", query, bucket(longest[0], width, dropout_p))
     elsewhere = longest[0] > row["BLOCK_M"] and (grad_key, grad_value) != (None, None)
     delta = torch.empty_like(logsumexp) if elsewhere else None

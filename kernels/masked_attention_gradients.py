@@ -194,9 +194,12 @@ def _backward(
     if grad_value is not None:
         grad_value = origin(grad_value, grad_key_steps, item, start_k, head)
         clear_rows(grad_value, length_k, rows_k, BLOCK_N, by_row, WIDTH, BLOCK_N, BLOCK_D)
+    first_q = tile * BLOCK_M
+    if grad_key is None and grad_value is None:
+        if first_q >= length_q:
+            return
     if DROPOUT:
         seed = seed_words(dropout_seed)
-    first_q = tile * BLOCK_M
     operands = (query, query_steps[1], grad_output, grad_output_steps[1], output, output_steps[1])
     of_queries = _load_queries(
         operands, logsumexp, delta, first_q, length_q, WIDTH, BLOCK_M, BLOCK_D

@@ -185,7 +185,7 @@ def bucket(length: int, width: int, dropout_p: float) -> str:
     return f"{rounded}x{block_d(width)}" + ("-dropout" if dropout_p > 0 else "")
 
 
-def precision(tensor: torch.Tensor) -> str:
+def precision() -> str:
     """How tl.dot is to multiply: float32 as three TF32 products, unless PyTorch allows one."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
