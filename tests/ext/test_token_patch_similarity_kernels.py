@@ -304,7 +304,9 @@ def test_gradcheck(shape, temperatures):
     assert torch.autograd.gradcheck(WithBackward.apply, (*features, *masks, *temperatures))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [d for d in (torch.float32, torch.float64) if d in DTYPES], ids=str
+)
 def test_norms_below_the_clamp(dtype):
     tokens, patches, *masks = inputs((2, 4, 3, 5, 6), dtype)
     tokens[0, 1], tokens[1], patches[1] = 0, 1e-12, 0
