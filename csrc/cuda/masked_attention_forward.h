@@ -1,0 +1,199 @@
+// The forward of masked attention. A warp owns 16 or 32 queries of a head, whose sums stay in its registers while the
+// block goes over tiles of keys: the softmax is rescaled from tile to tile. While one tile is worked on the next one is
+// copied. Tiles without a key that takes part are left out.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/masked_attention_dropout.h"
+
+namespace mpma::cuda {
+
+template <class T>
+struct AttentionOutputs {
+  Rows<T> output;
+  Rows<float> logsumexp;  // +infinity for a row without keys
+};
+
+template <class T, int kWidth>
+struct ForwardShape {
+  static constexpr int kM = kIsHalf<T> && kWidth <= 64 ? 2 : 1;
+  static constexpr int kQueries = 16 * kM;  // of a warp
+  static constexpr int kKeys = kIsHalf<T> ? 64 : 32;
+  static constexpr int kWarps = 4;  // at most
+  using TileQ = Tile<T, kQueries, kWidth>;
+  using TileK = Tile<T, kKeys, kWidth>;
+};
+
+template <class T, int kWidth>
+struct ForwardLayout {
+  using Shape = ForwardShape<T, kWidth>;
+  T *queries, *keys, *values;
+
+  MPMA_HOST_DEVICE ForwardLayout(SharedMemory& memory, int warps, int buffers)
+      : queries(memory.take<T>(warps * Shape::TileQ::kSize)),
+        keys(memory.take<T>(buffers * Shape::TileK::kSize)),
+        values(memory.take<T>(buffers * Shape::TileK::kSize)) {}
+
+  MPMA_DEVICE typename Shape::TileQ query(int warp) const { return {queries + warp * Shape::TileQ::kSize}; }
+  MPMA_DEVICE typename Shape::TileK key(int buffer) const { return {keys + buffer * Shape::TileK::kSize}; }
+  MPMA_DEVICE typename Shape::TileK value(int buffer) const { return {values + buffer * Shape::TileK::kSize}; }
+};
+
+// The softmax of a warp's rows so far.
+template <class T, int kWidth>
+struct RunningRows {
+  using Shape = ForwardShape<T, kWidth>;
+  Accumulator<Shape::kM, kWidth / 8> mixed;
+  RowValues<Shape::kM> top;    // the largest score, in units of log 2; the four lanes of a row have the same
+  RowValues<Shape::kM> total;  // of the weights of a lane's own columns
+
+  MPMA_DEVICE void clear() {
+    mixed.clear();
+    top.for_each([](int, float& x) { x = -infinity(); });
+    total.for_each([](int, float& x) { x = 0.f; });
+  }
+
+  // Makes weights of scores, which are -infinity for keys that do not take part, and scales what there was.
+  MPMA_DEVICE void rescale(Accumulator<Shape::kM, Shape::kKeys / 8>& scores) {
+    RowValues<Shape::kM> highest = reduce_rows(scores, -infinity(), Maximum{});
+    RowValues<Shape::kM> shrink;
+    MPMA_UNROLL
+    for (int m = 0; m < Shape::kM; ++m)
+      MPMA_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const float before = top.value[m][i], now = Maximum{}(before, highest.value[m][i]);
+        const float base = now == -infinity() ? 0.f : now;  // scores of -infinity only
+        shrink.value[m][i] = exp2_fast(before - base);
+        total.value[m][i] *= shrink.value[m][i];
+        top.value[m][i] = now;
+        highest.value[m][i] = base;
+      }
+    scores.for_each([&](int row, int, float& x) {
+      x = exp2_fast(x - highest(row));
+      total(row) += x;
+    });
+    mixed.for_each([&](int row, int, float& x) { x *= shrink(row); });
+  }
+};
+
+template <class T, int kWidth, bool kDropout>
+MPMA_KERNEL(128, 2)
+attention_forward_kernel(Attention<T> a, AttentionOutputs<T> to, int parts, int buffers) {
+  using Shape = ForwardShape<T, kWidth>;
+  SharedMemory memory = SharedMemory::this_block();
+  ForwardLayout<T, kWidth> layout(memory, warp_count(), buffers);
+  const Place place = place_of(a, parts);
+  const Extent queries = queries_of(a, place.item), keys = keys_of(a, place.item);
+  if (a.packed()) {
+    fill_rest(to.output, place, parts, queries, a.sizes.width, 0.f);
+    fill_rest(to.logsumexp, place, parts, queries, 1, infinity());
+  }
+  const int block_first = place.part * warp_count() * Shape::kQueries;
+  if (block_first >= queries.length) return;
+  const int warp = warp_index(), first = block_first + warp * Shape::kQueries;
+  const bool busy = first < queries.length;
+
+  load_tile(layout.query(warp), a.sizes.width, a.aligned, lane_index(), kWarp, [&](int row) -> const T* {
+    return first + row < queries.length ? a.query.at(place.item, queries.start + first + row, place.head) : nullptr;
+  });
+  const auto load = [&](int tile, uint64_t real, int buffer) {
+    const auto source = [&](const Rows<const T>& rows) {
+      const T* const start = rows.at(place.item, keys.start + int64_t{1} * tile * Shape::kKeys, place.head);
+      return [=](int row) -> const T* { return (real >> row & 1) != 0 ? start + row * rows.row : nullptr; };
+    };
+    load_tile(layout.key(buffer), a.sizes.width, a.aligned, source(a.key));
+    load_tile(layout.value(buffer), a.sizes.width, a.aligned, source(a.value));
+    cp_async_commit();
+  };
+  const int tiles = static_cast<int>(ceil_divide(keys.length, Shape::kKeys));
+  const auto next_tile = [&](int tile, uint64_t& real) {
+    for (; tile < tiles; ++tile) {
+      real = real_keys<Shape::kKeys>(a, place.item, keys, int64_t{1} * tile * Shape::kKeys);
+      if (real != 0) break;
+    }
+    return tile;
+  };
+
+  RunningRows<T, kWidth> rows;
+  rows.clear();
+  uint64_t real = 0;
+  int tile = next_tile(0, real), buffer = 0;
+  const bool found = tile < tiles;
+  if (found) load(tile, real, 0);
+  while (tile < tiles) {
+    cp_async_wait<0>();
+    barrier();  // this tile is there, and everybody is done with the one before
+    uint64_t next_real = 0;
+    const int next = next_tile(tile + 1, next_real);
+    if (next < tiles) load(next, next_real, 1 - buffer);
+    if (busy) {
+      Accumulator<Shape::kM, Shape::kKeys / 8> scores;
+      scores.clear();
+      multiply(scores, by_rows(layout.query(warp)), by_rows(layout.key(buffer)), kWidth);
+      const float scale = a.scale * kLog2E;
+      scores.for_each([&](int, int column, float& x) { x = (real >> column & 1) != 0 ? x * scale : -infinity(); });
+      rows.rescale(scores);
+      if constexpr (kDropout) {
+        const auto kept = kept_by_query<Shape::kM, Shape::kKeys / 8>(
+            dropout_draw(a, place), first, tile * Shape::kKeys);
+        MPMA_UNROLL
+        for (int m = 0; m < Shape::kM; ++m)
+          MPMA_UNROLL
+          for (int n = 0; n < Shape::kKeys / 8; ++n)
+            MPMA_UNROLL
+            for (int i = 0; i < 4; ++i)
+              if (!kept(m, n, i)) scores.sum[m][n].value[i] = 0.f;
+      }
+      multiply<T>(rows.mixed, scores, by_columns(layout.value(buffer)));
+    }
+    tile = next;
+    real = next_real;
+    buffer = 1 - buffer;
+  }
+  cp_async_wait<0>();  // the queries, where there was no key
+  if (!busy) return;
+
+  const int left = queries.length - first;
+  const float kept = kDropout ? a.dropout.kept : 1.f;
+  rows.total.for_each([&](int row, float& total) {
+    total += shuffle_xor(total, 1);
+    total += shuffle_xor(total, 2);
+    if (lane_index() % 4 == 0 && row < left)
+      *to.logsumexp.at(place.item, queries.start + first + row, place.head) =
+          found ? (rows.top(row) + log2_accurate(total)) * kLn2 : infinity();
+  });
+  rows.total.for_each([&](int, float& total) { total = divide_rn(kept, total); });
+  rows.mixed.for_each([&](int row, int, float& x) { x = found ? x * rows.total(row) : 0.f; });
+  store_global<T>(rows.mixed, left, a.sizes.width, [&](int row) {
+    return to.output.at(place.item, queries.start + first + row, place.head);
+  });
+}
+
+template <class T, int kWidth, bool kDropout>
+void launch_attention_forward_as(const Attention<T>& a, const AttentionOutputs<T>& to, void* stream) {
+  using Shape = ForwardShape<T, kWidth>;
+  // Without queries there may be rows of no sequence to clear. The blocks of a head have equal parts of its queries.
+  const int64_t parts = a.sizes.queries == 0 ? 1 : ceil_divide(a.sizes.queries, Shape::kWarps * Shape::kQueries);
+  const int64_t warps = a.sizes.queries == 0 ? 1 : ceil_divide(ceil_divide(a.sizes.queries, parts), Shape::kQueries);
+  const int buffers = a.sizes.keys > Shape::kKeys ? 2 : 1;
+  const int shared = shared_bytes<ForwardLayout<T, kWidth>>(static_cast<int>(warps), buffers);
+  const Launch how = {{parts * a.places()}, static_cast<int>(warps) * kWarp, shared, stream};
+  launch<attention_forward_kernel<T, kWidth, kDropout>>(how, a, to, static_cast<int>(parts), buffers);
+}
+
+template <class T>
+void launch_attention_forward(const Attention<T>& a, const AttentionOutputs<T>& to, void* stream) {
+  const auto launch_of_width = [&](auto width) {
+    if (a.dropout.seed != nullptr)
+      launch_attention_forward_as<T, width, true>(a, to, stream);
+    else
+      launch_attention_forward_as<T, width, false>(a, to, stream);
+  };
+  if (a.sizes.width <= 64)
+    launch_of_width(std::integral_constant<int, 64>{});
+  else
+    launch_of_width(std::integral_constant<int, 128>{});
+}
+
+}  // namespace mpma::cuda
