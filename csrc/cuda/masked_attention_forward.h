@@ -19,7 +19,7 @@ template <class T, int kWidth>
 struct ForwardShape {
   static constexpr int kM = kIsHalf<T> && kWidth <= 64 ? 2 : 1;
   static constexpr int kQueries = 16 * kM;  // of a warp
-  static constexpr int kKeys = kIsHalf<T> ? 64 : 32;
+  static constexpr int kKeys = kIsHalf<T> && kM == 1 ? 64 : 32;  // of a tile
   static constexpr int kWarps = 4;  // at most
   using TileQ = Tile<T, kQueries, kWidth>;
   using TileK = Tile<T, kKeys, kWidth>;
@@ -45,35 +45,43 @@ template <class T, int kWidth>
 struct RunningRows {
   using Shape = ForwardShape<T, kWidth>;
   Accumulator<Shape::kM, kWidth / 8> mixed;
-  RowValues<Shape::kM> top;    // the largest score, in units of log 2; the four lanes of a row have the same
-  RowValues<Shape::kM> total;  // of the weights of a lane's own columns
+  float top[Shape::kM][2];    // the largest score, in units of log 2
+  float total[Shape::kM][2];  // of the weights of a lane's own columns
 
   MPMA_DEVICE void clear() {
     mixed.clear();
-    top.for_each([](int, float& x) { x = -infinity(); });
-    total.for_each([](int, float& x) { x = 0.f; });
+    MPMA_UNROLL
+    for (int m = 0; m < Shape::kM; ++m)
+      MPMA_UNROLL
+      for (int i = 0; i < 2; ++i) top[m][i] = -infinity(), total[m][i] = 0.f;
   }
 
   // Makes weights of scores, which are -infinity for keys that do not take part, and scales what there was.
   MPMA_DEVICE void rescale(Accumulator<Shape::kM, Shape::kKeys / 8>& scores) {
-    RowValues<Shape::kM> highest = reduce_rows(scores, -infinity(), Maximum{});
-    RowValues<Shape::kM> shrink;
+    const RowValues<Shape::kM> highest = reduce_rows(scores, -infinity(), Maximum{});
     MPMA_UNROLL
     for (int m = 0; m < Shape::kM; ++m)
       MPMA_UNROLL
       for (int i = 0; i < 2; ++i) {
-        const float before = top.value[m][i], now = Maximum{}(before, highest.value[m][i]);
+        const float now = Maximum{}(top[m][i], highest.value[m][i]);
         const float base = now == -infinity() ? 0.f : now;  // scores of -infinity only
-        shrink.value[m][i] = exp2_fast(before - base);
-        total.value[m][i] *= shrink.value[m][i];
-        top.value[m][i] = now;
-        highest.value[m][i] = base;
+        const float shrink = exp2_fast(top[m][i] - base);
+        float sum = total[m][i] * shrink;
+        MPMA_UNROLL
+        for (int n = 0; n < Shape::kKeys / 8; ++n)
+          MPMA_UNROLL
+          for (int j = 0; j < 2; ++j) {
+            float& x = scores.sum[m][n].value[2 * i + j];
+            x = exp2_fast(x - base);
+            sum += x;
+          }
+        MPMA_UNROLL
+        for (int n = 0; n < kWidth / 8; ++n)
+          MPMA_UNROLL
+          for (int j = 0; j < 2; ++j) mixed.sum[m][n].value[2 * i + j] *= shrink;
+        top[m][i] = now;
+        total[m][i] = sum;
       }
-    scores.for_each([&](int row, int, float& x) {
-      x = exp2_fast(x - highest(row));
-      total(row) += x;
-    });
-    mixed.for_each([&](int row, int, float& x) { x *= shrink(row); });
   }
 };
 
@@ -97,6 +105,7 @@ attention_forward_kernel(Attention<T> a, AttentionOutputs<T> to, int parts, int 
   load_tile(layout.query(warp), a.sizes.width, a.aligned, lane_index(), kWarp, [&](int row) -> const T* {
     return first + row < queries.length ? a.query.at(place.item, queries.start + first + row, place.head) : nullptr;
   });
+  cp_async_commit();
   const auto load = [&](int tile, uint64_t real, int buffer) {
     const auto source = [&](const Rows<const T>& rows) {
       const T* const start = rows.at(place.item, keys.start + int64_t{1} * tile * Shape::kKeys, place.head);
@@ -155,16 +164,26 @@ attention_forward_kernel(Attention<T> a, AttentionOutputs<T> to, int parts, int 
   if (!busy) return;
 
   const int left = queries.length - first;
-  const float kept = kDropout ? a.dropout.kept : 1.f;
-  rows.total.for_each([&](int row, float& total) {
-    total += shuffle_xor(total, 1);
-    total += shuffle_xor(total, 2);
-    if (lane_index() % 4 == 0 && row < left)
-      *to.logsumexp.at(place.item, queries.start + first + row, place.head) =
-          found ? (rows.top(row) + log2_accurate(total)) * kLn2 : infinity();
-  });
-  rows.total.for_each([&](int, float& total) { total = divide_rn(kept, total); });
-  rows.mixed.for_each([&](int row, int, float& x) { x = found ? x * rows.total(row) : 0.f; });
+  MPMA_UNROLL
+  for (int m = 0; m < Shape::kM; ++m)
+    MPMA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      float total = rows.total[m][i];
+      total += shuffle_xor(total, 1);
+      total += shuffle_xor(total, 2);
+      const int row = 16 * m + 8 * i + lane_index() / 4;
+      if (lane_index() % 4 == 0 && row < left)
+        *to.logsumexp.at(place.item, queries.start + first + row, place.head) =
+            found ? (rows.top[m][i] + log2_accurate(total)) * kLn2 : infinity();
+      const float factor = divide_rn(kDropout ? a.dropout.kept : 1.f, total);
+      MPMA_UNROLL
+      for (int n = 0; n < kWidth / 8; ++n)
+        MPMA_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          float& x = rows.mixed.sum[m][n].value[2 * i + j];
+          x = found ? x * factor : 0.f;
+        }
+    }
   store_global<T>(rows.mixed, left, a.sizes.width, [&](int row) {
     return to.output.at(place.item, queries.start + first + row, place.head);
   });

@@ -1,5 +1,6 @@
 // The launchers of masked attention as C functions. What is not a pointer to the machine's memory comes in one array of
 // integers on the host, in the order in which Reader takes it.
+#include "cuda/masked_attention_backward.h"
 #include "cuda/masked_attention_forward.h"
 #include "cuda/masked_attention_offsets.h"
 #include "emulation.h"
@@ -56,6 +57,17 @@ void forward(Reader reader, double scale, double kept) {
   launch_attention_forward(a, to, nullptr);
 }
 
+template <class T>
+void backward(Reader reader, double scale, double kept) {
+  const auto a = reader.attention<T>(scale, kept);
+  AttentionGradients<T> g;
+  g.grad_output = reader.rows<const T>(), g.output = reader.rows<const T>();
+  g.logsumexp = reader.rows<const float>();
+  g.query = reader.rows<T>(), g.key = reader.rows<T>(), g.value = reader.rows<T>();
+  g.aligned = aligned_rows(g.grad_output) && aligned_rows(g.output) && a.sizes.width % kVector<T> == 0;
+  launch_attention_backward(a, g, Device{}, nullptr);
+}
+
 }  // namespace
 
 extern "C" const char* clean_offsets(
@@ -75,6 +87,9 @@ extern "C" const char* clean_offsets(
 #define MPMA_ATTENTION(NAME, T)                                                                                    \
   extern "C" const char* forward_##NAME(const void* numbers, double scale, double kept) {                         \
     return emulated([&] { forward<T>(Reader(static_cast<const int64_t*>(numbers)), scale, kept); });              \
+  }                                                                                                                \
+  extern "C" const char* backward_##NAME(const void* numbers, double scale, double kept) {                        \
+    return emulated([&] { backward<T>(Reader(static_cast<const int64_t*>(numbers)), scale, kept); });             \
   }
 MPMA_ATTENTION(bfloat16, Bfloat16)
 MPMA_ATTENTION(float16, Half)

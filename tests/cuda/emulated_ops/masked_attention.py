@@ -93,6 +93,26 @@ class Call:
             self.launch("forward", [*rows(output), *of_statistics(logsumexp)])
         return output, logsumexp
 
+    def backward(self, grad_output, output, logsumexp, gradients):
+        """Fills the gradients of query, key and value; None is one not needed."""
+        saved = [readable(x) for x in (grad_output, output)]
+        logsumexp = device("masked_attention").put(logsumexp)
+        if any(x is not None and x.numel() for x in gradients):
+            numbers = [*rows(saved[0]), *rows(saved[1]), *of_statistics(logsumexp)]
+            self.launch("backward", [*numbers, *(n for x in gradients for n in rows(x))])
+
+
+def new_gradients(operands, needs):
+    machine = device("masked_attention")
+    pairs = zip(operands, needs, strict=True)
+    return [machine.empty(x.shape, x.dtype) if need else None for x, need in pairs]
+
+
+def with_empty(gradients, operands):
+    """The gradients, an empty tensor for one not needed."""
+    pairs = zip(gradients, operands, strict=True)
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient, x in pairs)
+
 
 def masked_attention(query, key, value, key_padding_mask, scale, dropout_p, dropout_seed):
     operands = [readable(x) for x in (query, key, value)]
@@ -120,3 +140,61 @@ def masked_attention_varlen(
     offsets, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
     call = Call(operands, scale, dropout_p, dropout_seed, offsets=offsets, longest=longest)
     return call.forward()
+
+
+def masked_attention_backward(
+    grad_output,
+    query,
+    key,
+    value,
+    output,
+    logsumexp,
+    key_padding_mask,
+    scale,
+    dropout_p,
+    dropout_seed,
+    need_query,
+    need_key,
+    need_value,
+):
+    operands = [readable(x) for x in (query, key, value)]
+    gradients = new_gradients(operands, (need_query, need_key, need_value))
+    call = Call(operands, scale, dropout_p, dropout_seed, mask=key_padding_mask)
+    call.backward(grad_output, output, logsumexp, gradients)
+    return with_empty(gradients, operands)
+
+
+def masked_attention_qkvpacked_backward(
+    grad_output, qkv, output, logsumexp, key_padding_mask, scale, dropout_p, dropout_seed
+):
+    operands = list(readable(qkv).unbind(2))
+    gradient = device("masked_attention").empty(qkv.shape, qkv.dtype)
+    call = Call(operands, scale, dropout_p, dropout_seed, mask=key_padding_mask)
+    call.backward(grad_output, output, logsumexp, gradient.unbind(2))
+    return gradient
+
+
+def masked_attention_varlen_backward(
+    grad_output,
+    query,
+    key,
+    value,
+    output,
+    logsumexp,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    scale,
+    dropout_p,
+    dropout_seed,
+    need_query,
+    need_key,
+    need_value,
+):
+    operands = [readable(x) for x in (query, key, value)]
+    gradients = new_gradients(operands, (need_query, need_key, need_value))
+    offsets, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    call = Call(operands, scale, dropout_p, dropout_seed, offsets=offsets, longest=longest)
+    call.backward(grad_output, output, logsumexp, gradients)
+    return with_empty(gradients, operands)
