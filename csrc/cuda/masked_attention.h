@@ -4,6 +4,8 @@
 // whose steps from item to item are 0 and whose rows begin at its offset.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/launch.h"
 #include "cuda/shared_memory.h"
 #include "cuda/tiles.h"
@@ -104,19 +106,56 @@ MPMA_DEVICE void fill_rest(
   for (; i < end; i += step) rows[i / width * to.row + i % width] = from_float<T>(value);
 }
 
-// The bits of 32 or 64 keys from `first` on that take part, the same in all lanes.
+// Bit i: whether row i of a tile takes part.
+template <int kRows>
+using RealRows = std::conditional_t<(kRows > 32), uint64_t, uint32_t>;
+
+// Of the keys from `first` on, the same in all lanes.
 template <int kKeys, class T>
-MPMA_DEVICE uint64_t real_keys(const Attention<T>& a, int item, const Extent& keys, int64_t first) {
-  static_assert(kKeys == 16 || kKeys == 32 || kKeys == 64, "one word of bits");
-  uint64_t bits = 0;
+MPMA_DEVICE RealRows<kKeys> real_keys(const Attention<T>& a, int item, const Extent& keys, int first) {
+  RealRows<kKeys> bits = 0;
   MPMA_UNROLL
-  for (int word = 0; word < (kKeys + 31) / 32; ++word) {
-    const int64_t j = first + 32 * word + lane_index();
-    bool real = 32 * word + lane_index() < kKeys && j < keys.length;
+  for (int begin = 0; begin < kKeys; begin += kWarp) {
+    const int j = first + begin + lane_index();
+    bool real = begin + lane_index() < kKeys && j < keys.length;
     if (real && a.mask.data != nullptr) real = *a.mask.at(item, keys.start + j, 0) != 0;
-    bits |= static_cast<uint64_t>(ballot(real)) << (32 * word);
+    bits |= static_cast<RealRows<kKeys>>(ballot(real)) << begin;
   }
   return bits;
+}
+
+// Of the queries from `first` on.
+template <int kQueries>
+MPMA_DEVICE RealRows<kQueries> real_queries(const Extent& queries, int first) {
+  const int left = queries.length - first;
+  const RealRows<kQueries> all = ~RealRows<kQueries>{0};
+  return left >= kQueries ? all : left <= 0 ? 0 : ~(all << left);
+}
+
+// Fills a tile with rows of `width` elements that begin at start + row * step, with zeros where one does not take part: it
+// is never read. As load_tile, which is slower: cp_async_commit, cp_async_wait and a barrier come before the first use.
+template <class T, int kRows, int kWidth>
+MPMA_DEVICE void load_rows(
+    const Tile<T, kRows, kWidth>& tile, const T* start, int64_t step, RealRows<kRows> real, int width, bool aligned,
+    int thread, int threads) {
+  if (!aligned) {
+    MPMA_NO_UNROLL
+    for (int i = thread; i < kRows * kWidth; i += threads) {
+      const int row = i / kWidth, column = i % kWidth;
+      tile(row, column) = (real >> row & 1) != 0 && column < width ? start[row * step + column] : T{};
+    }
+    return;
+  }
+  // Every thread keeps its column, because a row's chunks are a divisor of a warp.
+  constexpr int kChunks = kWidth / kVector<T>;
+  static_assert(kWarp % kChunks == 0, "whole rows for a warp");
+  const int column = thread % kChunks * kVector<T>, rows = threads / kChunks;
+  const bool inside = column < width;
+  MPMA_NO_UNROLL
+  for (int row = thread / kChunks; row < kRows; row += rows) {
+    const bool copied = inside && (real >> row & 1) != 0;
+    cp_async_16(&tile(row, column), copied ? start + row * step + column : nullptr, copied);
+  }
 }
 
 MPMA_HOST_DEVICE inline int64_t ceil_divide(int64_t x, int64_t y) { return (x + y - 1) / y; }

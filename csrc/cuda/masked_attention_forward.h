@@ -89,6 +89,7 @@ template <class T, int kWidth, bool kDropout>
 MPMA_KERNEL(128, 2)
 attention_forward_kernel(Attention<T> a, AttentionOutputs<T> to, int parts, int buffers) {
   using Shape = ForwardShape<T, kWidth>;
+  using Real = RealRows<Shape::kKeys>;
   SharedMemory memory = SharedMemory::this_block();
   ForwardLayout<T, kWidth> layout(memory, warp_count(), buffers);
   const Place place = place_of(a, parts);
@@ -102,23 +103,24 @@ attention_forward_kernel(Attention<T> a, AttentionOutputs<T> to, int parts, int 
   const int warp = warp_index(), first = block_first + warp * Shape::kQueries;
   const bool busy = first < queries.length;
 
-  load_tile(layout.query(warp), a.sizes.width, a.aligned, lane_index(), kWarp, [&](int row) -> const T* {
-    return first + row < queries.length ? a.query.at(place.item, queries.start + first + row, place.head) : nullptr;
-  });
+  const int width = a.sizes.width;
+  load_rows(
+      layout.query(warp), a.query.at(place.item, queries.start + first, place.head), a.query.row,
+      real_queries<Shape::kQueries>(queries, first), width, a.aligned, lane_index(), kWarp);
   cp_async_commit();
-  const auto load = [&](int tile, uint64_t real, int buffer) {
-    const auto source = [&](const Rows<const T>& rows) {
-      const T* const start = rows.at(place.item, keys.start + int64_t{1} * tile * Shape::kKeys, place.head);
-      return [=](int row) -> const T* { return (real >> row & 1) != 0 ? start + row * rows.row : nullptr; };
-    };
-    load_tile(layout.key(buffer), a.sizes.width, a.aligned, source(a.key));
-    load_tile(layout.value(buffer), a.sizes.width, a.aligned, source(a.value));
+  const T* const key = a.key.at(place.item, keys.start, place.head);
+  const T* const value = a.value.at(place.item, keys.start, place.head);
+  const auto load = [&](int tile, Real real, int buffer) {
+    const int64_t begin = int64_t{1} * tile * Shape::kKeys;
+    const int thread = thread_index(), threads = thread_count();
+    load_rows(layout.key(buffer), key + begin * a.key.row, a.key.row, real, width, a.aligned, thread, threads);
+    load_rows(layout.value(buffer), value + begin * a.value.row, a.value.row, real, width, a.aligned, thread, threads);
     cp_async_commit();
   };
   const int tiles = static_cast<int>(ceil_divide(keys.length, Shape::kKeys));
-  const auto next_tile = [&](int tile, uint64_t& real) {
+  const auto next_tile = [&](int tile, Real& real) {
     for (; tile < tiles; ++tile) {
-      real = real_keys<Shape::kKeys>(a, place.item, keys, int64_t{1} * tile * Shape::kKeys);
+      real = real_keys<Shape::kKeys>(a, place.item, keys, tile * Shape::kKeys);
       if (real != 0) break;
     }
     return tile;
@@ -126,26 +128,36 @@ attention_forward_kernel(Attention<T> a, AttentionOutputs<T> to, int parts, int 
 
   RunningRows<T, kWidth> rows;
   rows.clear();
-  uint64_t real = 0;
+  Real real = 0;
   int tile = next_tile(0, real), buffer = 0;
   const bool found = tile < tiles;
   if (found) load(tile, real, 0);
   while (tile < tiles) {
     cp_async_wait<0>();
     barrier();  // this tile is there, and everybody is done with the one before
-    uint64_t next_real = 0;
+    Real next_real = 0;
     const int next = next_tile(tile + 1, next_real);
     if (next < tiles) load(next, next_real, 1 - buffer);
     if (busy) {
+      Kept<Shape::kM, Shape::kKeys / 8> kept;
+      if constexpr (kDropout)
+        kept = kept_by_query<Shape::kM, Shape::kKeys / 8>(dropout_draw(a, place), first, tile * Shape::kKeys);
       Accumulator<Shape::kM, Shape::kKeys / 8> scores;
       scores.clear();
       multiply(scores, by_rows(layout.query(warp)), by_rows(layout.key(buffer)), kWidth);
       const float scale = a.scale * kLog2E;
-      scores.for_each([&](int, int column, float& x) { x = (real >> column & 1) != 0 ? x * scale : -infinity(); });
+      const Real mine = real >> (lane_index() % 4 * 2);
+      MPMA_UNROLL
+      for (int m = 0; m < Shape::kM; ++m)
+        MPMA_UNROLL
+        for (int n = 0; n < Shape::kKeys / 8; ++n)
+          MPMA_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            float& x = scores.sum[m][n].value[i];
+            x = (mine >> (8 * n + i % 2) & 1) != 0 ? x * scale : -infinity();
+          }
       rows.rescale(scores);
       if constexpr (kDropout) {
-        const auto kept = kept_by_query<Shape::kM, Shape::kKeys / 8>(
-            dropout_draw(a, place), first, tile * Shape::kKeys);
         MPMA_UNROLL
         for (int m = 0; m < Shape::kM; ++m)
           MPMA_UNROLL
@@ -184,7 +196,7 @@ attention_forward_kernel(Attention<T> a, AttentionOutputs<T> to, int parts, int 
           x = found ? x * factor : 0.f;
         }
     }
-  store_global<T>(rows.mixed, left, a.sizes.width, [&](int row) {
+  store_global<T>(rows.mixed, left, width, [&](int row) {
     return to.output.at(place.item, queries.start + first + row, place.head);
   });
 }

@@ -53,7 +53,7 @@ struct KeySums {
 
   // Writes the first `rows` rows, 0 for the keys that do not take part.
   MPMA_DEVICE static void store(
-      Accumulator<Shape::kM, kWidth / 8>& sums, uint64_t real, float scale, const Rows<T>& to, const Place& place,
+      Accumulator<Shape::kM, kWidth / 8>& sums, uint32_t real, float scale, const Rows<T>& to, const Place& place,
       int64_t first, int rows, int width) {
     MPMA_UNROLL
     for (int m = 0; m < Shape::kM; ++m)
@@ -109,25 +109,27 @@ attention_key_gradients_kernel(Attention<T> a, AttentionGradients<T> g, int part
   const int block_first = place.part * warp_count() * Shape::kKeys;
   if (block_first >= keys.length && !with_query) return;
   const int warp = warp_index(), first = block_first + warp * Shape::kKeys;
-  const uint64_t real = real_keys<Shape::kKeys>(a, place.item, keys, first);
+  const uint32_t real = real_keys<Shape::kKeys>(a, place.item, keys, first);
+  const uint32_t mine = real >> (lane_index() / 4);  // bit 16 m + 8 i: of this lane's rows
 
   const auto load_own = [&](const typename Shape::TileK& tile, const Rows<const T>& rows) {
     const T* const start = rows.at(place.item, keys.start + first, place.head);
-    load_tile(tile, width, a.aligned, lane_index(), kWarp, [&](int row) -> const T* {
-      return (real >> row & 1) != 0 ? start + row * rows.row : nullptr;
-    });
+    load_rows(tile, start, rows.row, real, width, a.aligned, lane_index(), kWarp);
   };
   load_own(layout.key(warp), a.key);
   load_own(layout.value(warp), a.value);
   cp_async_commit();
+  const T* const query_rows = a.query.at(place.item, queries.start, place.head);
+  const T* const gradient_rows = g.grad_output.at(place.item, queries.start, place.head);
   const auto load_queries = [&](int tile, int buffer) {
-    const auto source = [&](const Rows<const T>& rows) {
-      const int begin = tile * Shape::kQueries, left = queries.length - begin;
-      const T* const start = rows.at(place.item, queries.start + begin, place.head);
-      return [=](int row) -> const T* { return row < left ? start + row * rows.row : nullptr; };
+    const int begin = tile * Shape::kQueries;
+    const auto load = [&](const typename Shape::TileQ& to, const T* rows, int64_t step, bool aligned) {
+      load_rows(
+          to, rows + begin * step, step, real_queries<Shape::kQueries>(queries, begin), width, aligned, thread_index(),
+          thread_count());
     };
-    load_tile(layout.query(buffer), width, a.aligned, source(a.query));
-    load_tile(layout.gradient(buffer), width, g.aligned, source(g.grad_output));
+    load(layout.query(buffer), query_rows, a.query.row, a.aligned);
+    load(layout.gradient(buffer), gradient_rows, g.grad_output.row, g.aligned);
     cp_async_commit();
   };
   const int tiles = static_cast<int>(ceil_divide(queries.length, Shape::kQueries));
@@ -153,6 +155,9 @@ attention_key_gradients_kernel(Attention<T> a, AttentionGradients<T> g, int part
     barrier();  // this tile is there, and everybody is done with the one before and with its scores
     if (tile + 1 < tiles) load_queries(tile + 1, 1 - buffer);
     if (real != 0) {
+      Kept<Shape::kM, Shape::kQueries / 8> kept;
+      if constexpr (kDropout)
+        kept = kept_by_key<Shape::kM, Shape::kQueries / 8>(dropout_draw(a, place), first, begin);
       const auto query = layout.query(buffer), gradient = layout.gradient(buffer);
       scores.clear();
       multiply(scores, by_rows(layout.key(warp)), by_rows(query), kWidth);
@@ -167,12 +172,9 @@ attention_key_gradients_kernel(Attention<T> a, AttentionGradients<T> g, int part
             MPMA_UNROLL
             for (int i = 0; i < 2; ++i) {
               float& x = scores.sum[m][n].value[2 * i + j];
-              x = (real >> (16 * m + 8 * i + lane_index() / 4) & 1) != 0 ? exp2_fast(x * scale - statistic) : 0.f;
+              x = (mine >> (16 * m + 8 * i) & 1) != 0 ? exp2_fast(x * scale - statistic) : 0.f;
             }
         }
-      Kept<Shape::kM, Shape::kQueries / 8> kept;
-      if constexpr (kDropout)
-        kept = kept_by_key<Shape::kM, Shape::kQueries / 8>(dropout_draw(a, place), first, begin);
       if (g.value.data != nullptr) {
         if constexpr (kDropout) {
           typename KeySums<T, kWidth>::Scores dropped;
@@ -205,8 +207,8 @@ attention_key_gradients_kernel(Attention<T> a, AttentionGradients<T> g, int part
                 float grad = grad_weights.sum[m][n].value[2 * i + j];
                 if constexpr (kDropout) grad = kept(m, n, 2 * i + j) ? grad * a.dropout.kept : 0.f;
                 // A key that does not take part passes nothing, not even a NaN of the query's.
-                const bool mine = (real >> (16 * m + 8 * i + lane_index() / 4) & 1) != 0;
-                x = mine ? x * (grad - inner) : 0.f;
+                const bool takes_part = (mine >> (16 * m + 8 * i) & 1) != 0;
+                x = takes_part ? x * (grad - inner) : 0.f;
               }
           }
         if (with_query) store_shared(scores, layout.score(warp), 0, 0);

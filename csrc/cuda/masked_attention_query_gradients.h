@@ -52,31 +52,31 @@ attention_query_gradients_kernel(Attention<T> a, AttentionGradients<T> g, int pa
   const bool busy = first < queries.length;
 
   const auto load_own = [&](const typename Shape::TileQ& tile, const Rows<const T>& rows, bool aligned) {
-    load_tile(tile, width, aligned, lane_index(), kWarp, [&](int row) -> const T* {
-      return first + row < queries.length ? rows.at(place.item, queries.start + first + row, place.head) : nullptr;
-    });
+    load_rows(
+        tile, rows.at(place.item, queries.start + first, place.head), rows.row,
+        real_queries<Shape::kQueries>(queries, first), width, aligned, lane_index(), kWarp);
   };
   load_own(layout.query(warp), a.query, a.aligned);
   load_own(layout.gradient(warp), g.grad_output, g.aligned);
   cp_async_commit();
-  const auto load = [&](int tile, uint64_t real, int buffer) {
-    const auto source = [&](const Rows<const T>& rows) {
-      const T* const start = rows.at(place.item, keys.start + int64_t{1} * tile * Shape::kKeys, place.head);
-      return [=](int row) -> const T* { return (real >> row & 1) != 0 ? start + row * rows.row : nullptr; };
-    };
-    load_tile(layout.key(buffer), width, a.aligned, source(a.key));
-    load_tile(layout.value(buffer), width, a.aligned, source(a.value));
+  const T* const key = a.key.at(place.item, keys.start, place.head);
+  const T* const value = a.value.at(place.item, keys.start, place.head);
+  const auto load = [&](int tile, uint32_t real, int buffer) {
+    const int64_t begin = int64_t{1} * tile * Shape::kKeys;
+    const int thread = thread_index(), threads = thread_count();
+    load_rows(layout.key(buffer), key + begin * a.key.row, a.key.row, real, width, a.aligned, thread, threads);
+    load_rows(layout.value(buffer), value + begin * a.value.row, a.value.row, real, width, a.aligned, thread, threads);
     cp_async_commit();
   };
   const int tiles = static_cast<int>(ceil_divide(keys.length, Shape::kKeys));
-  const auto next_tile = [&](int tile, uint64_t& real) {
+  const auto next_tile = [&](int tile, uint32_t& real) {
     for (; tile < tiles; ++tile) {
-      real = real_keys<Shape::kKeys>(a, place.item, keys, int64_t{1} * tile * Shape::kKeys);
+      real = real_keys<Shape::kKeys>(a, place.item, keys, tile * Shape::kKeys);
       if (real != 0) break;
     }
     return tile;
   };
-  uint64_t real = 0;
+  uint32_t real = 0;
   int tile = next_tile(0, real), buffer = 0;
   if (tile < tiles) load(tile, real, 0);
   float* const statistics = layout.statistics + warp * Shape::kQueries;
@@ -95,25 +95,26 @@ attention_query_gradients_kernel(Attention<T> a, AttentionGradients<T> g, int pa
   while (tile < tiles) {
     cp_async_wait<0>();
     barrier();  // this tile is there, and everybody is done with the one before
-    uint64_t next_real = 0;
+    uint32_t next_real = 0;
     const int next = next_tile(tile + 1, next_real);
     if (next < tiles) load(next, next_real, 1 - buffer);
     if (busy) {
+      Kept<1, Shape::kKeys / 8> kept;
+      if constexpr (kDropout)
+        kept = kept_by_query<1, Shape::kKeys / 8>(dropout_draw(a, place), first, tile * Shape::kKeys);
       Accumulator<1, Shape::kKeys / 8> scores, grad_weights;
       scores.clear();
       multiply(scores, by_rows(layout.query(warp)), by_rows(layout.key(buffer)), kWidth);
       grad_weights.clear();
       multiply(grad_weights, by_rows(layout.gradient(warp)), by_rows(layout.value(buffer)), kWidth);
-      Kept<1, Shape::kKeys / 8> kept;
-      if constexpr (kDropout)
-        kept = kept_by_query<1, Shape::kKeys / 8>(dropout_draw(a, place), first, tile * Shape::kKeys);
       const float scale = a.scale * kLog2E;
+      const uint32_t real_columns = real >> (lane_index() % 4 * 2);
       MPMA_UNROLL
       for (int n = 0; n < Shape::kKeys / 8; ++n)
         MPMA_UNROLL
         for (int i = 0; i < 4; ++i) {
           float& x = scores.sum[0][n].value[i];
-          const bool mine = (real >> (8 * n + lane_index() % 4 * 2 + i % 2) & 1) != 0;
+          const bool mine = (real_columns >> (8 * n + i % 2) & 1) != 0;
           float grad = grad_weights.sum[0][n].value[i];
           if constexpr (kDropout) grad = kept(0, n, i) ? grad * a.dropout.kept : 0.f;
           x = mine ? exp2_fast(x * scale - statistic[i / 2]) * (grad - inner[i / 2]) : 0.f;
