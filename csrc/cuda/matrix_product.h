@@ -17,13 +17,14 @@ struct Matrices {
 // How the factors lie in memory: A as (m, k) and B as (n, k); A as (m, k) and B as (k, n); A as (k, m) and B as (k, n).
 enum class Factors { kRowsByRows, kRowsByColumns, kColumnsByColumns };
 
-// c (m, n), of which every element is multiplied by `scale`, one of a row, where that is not null. Rows of a and b begin
-// at 16-byte boundaries, and what is contiguous there (k, m or n) is a multiple of 16 bytes. The factors are only read;
-// their type says nothing of it so that results of one product serve as factors of the next.
-template <class T, class Out>
+// The result (m, n), of which every element is multiplied by `scale`, one of a row, where that is not null, goes to c, or
+// in float32 to `sums` where c is null, and there is added with `add`. Rows of a and b begin at 16-byte boundaries, and
+// what is contiguous there (k, m or n) is a multiple of 16 bytes. The factors are only read; their type does not say so
+// because results of one product are factors of the next.
+template <class T>
 struct Product {
-  Matrices<T> a, b;
-  Matrices<Out> c;
+  Matrices<T> a, b, c;
+  Matrices<float> sums;
   int64_t m, n, k, batches;
   bool add;
   const float* scale;
@@ -63,9 +64,9 @@ MPMA_DEVICE void load_factor(
   load_tile(tile, columns, true, [&](int row) -> const T* { return row < rows ? corner + row * distance : nullptr; });
 }
 
-template <class T, class Out, Factors kFactors, int kColumns>
+template <class T, Factors kFactors, int kColumns>
 MPMA_KERNEL(kProductThreads, 1)
-product_kernel(Product<T, Out> p) {
+product_kernel(Product<T> p) {
   using Layout = ProductLayout<T, kFactors, kColumns>;
   constexpr int kWarpRows = Layout::kRows / 2, kWarpColumns = kColumns / 4;
   SharedMemory memory = SharedMemory::this_block();
@@ -106,30 +107,37 @@ product_kernel(Product<T, Out> p) {
   }
 
   const int rows = at_most(p.m - row0 - row, kWarpRows), columns = at_most(p.n - column0 - column, kWarpColumns);
-  Out* corner = p.c.data + batch * p.c.batch + (row0 + row) * p.c.row + column0 + column;
-  const float* scale = p.scale + batch * p.scale_batch + (row0 + row) * p.scale_row;
-  if (p.scale != nullptr)
+  if (p.scale != nullptr) {
+    const float* scale = p.scale + batch * p.scale_batch + (row0 + row) * p.scale_row;
     sums.for_each([&](int i, int, float& x) { x *= i < rows ? scale[i * p.scale_row] : 0.f; });
-  if (p.add)
-    sums.for_each([&](int i, int j, float& x) {
-      if (i < rows && j < columns) x += to_float(corner[i * p.c.row + j]);
-    });
-  store_global<Out>(sums, rows, columns, [&](int i) { return corner + i * p.c.row; });
+  }
+  const auto corner = [&](const auto& c) { return c.data + batch * c.batch + (row0 + row) * c.row + column0 + column; };
+  if (p.c.data != nullptr) {
+    T* c = corner(p.c);
+    store_global<T>(sums, rows, columns, [&](int i) { return c + i * p.c.row; });
+  } else {
+    float* c = corner(p.sums);
+    if (p.add)
+      sums.for_each([&](int i, int j, float& x) {
+        if (i < rows && j < columns) x += c[i * p.sums.row + j];
+      });
+    store_global<float>(sums, rows, columns, [&](int i) { return c + i * p.sums.row; });
+  }
   cp_async_wait<0>();
 }
 
-template <Factors kFactors, int kColumns, class T, class Out>
-void launch_product_of(const Product<T, Out>& p, void* stream) {
+template <Factors kFactors, int kColumns, class T>
+void launch_product_of(const Product<T>& p, void* stream) {
   using Layout = ProductLayout<T, kFactors, kColumns>;
   const int64_t tiles_m = (p.m + Layout::kRows - 1) / Layout::kRows, tiles_n = (p.n + kColumns - 1) / kColumns;
   const Launch how = {{tiles_m * tiles_n * p.batches}, kProductThreads, shared_bytes<Layout>(), stream};
-  launch<product_kernel<T, Out, kFactors, kColumns>>(how, p);
+  launch<product_kernel<T, kFactors, kColumns>>(how, p);
 }
 
-// Narrow results, and those with few columns left over, take narrow tiles.
-template <Factors kFactors, class T, class Out>
-void launch_product(const Product<T, Out>& p, void* stream) {
-  if (p.n > 0 && (p.n - 1) % 128 < 64)
+// Results of few columns take narrow tiles where that leaves less of them empty.
+template <Factors kFactors, class T>
+void launch_product(const Product<T>& p, void* stream) {
+  if (p.n <= 192 && (p.n + 127) % 128 < 64)
     launch_product_of<kFactors, 64>(p, stream);
   else
     launch_product_of<kFactors, 128>(p, stream);

@@ -66,7 +66,7 @@ void launch_pack_rows(const FeatureRows<T>& from, const PackedRows<T>& to, float
 }
 
 // Gradients of rows, from float32 sums with the packed rows' distances to contiguous rows of the operand's dtype:
-// sums + of_itself · row. Exactly zero where not real. of_itself (items, packed length) may be null.
+// sums + of_itself · row. Exactly zero where not real. of_itself (items, packed length) may be null, and so may sums.
 template <class T>
 MPMA_KERNEL(kPackThreads, 1)
 unpack_gradients_kernel(
@@ -81,7 +81,7 @@ unpack_gradients_kernel(
   for (int64_t d = lane_index(); d < like.width; d += kWarp) {
     float x = 0.f;
     if (real) {
-      x = sums[there * packed.width + d];
+      if (sums != nullptr) x = sums[there * packed.width + d];
       if (share != 0.f) x = fma_rn(share, to_float(packed.data[there * packed.width + d]), x);
     }
     gradients[row * like.width + d] = from_float<T>(x);
