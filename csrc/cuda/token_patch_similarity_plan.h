@@ -25,6 +25,8 @@ constexpr float kSafeTemperature = 40.f;
 template <>
 inline constexpr float kSafeTemperature<Half> = 8.f;
 
+constexpr int64_t kFewPatches = 16;
+
 template <class T>
 struct SimilarityPlan {
   bool backward, by_gram, safe;
@@ -33,9 +35,11 @@ struct SimilarityPlan {
 
   SimilarityPlan(const SimilarityProblem<T>& problem, bool backward) : backward(backward) {
     const auto &tokens = problem.tokens, &patches = problem.patches;
-    // |c|^2 comes from the image's Gram matrix where that is less work, never in float16, whose range squares of
-    // features leave. The backward wants b V V^T, which costs twice as much without.
-    by_gram = !std::is_same_v<T, Half> && patches.length <= (backward ? 2 : 1) * patches.width;
+    // |c|^2 comes from the image's Gram matrix where that is less work; the backward wants b V V^T, which costs twice as
+    // much without. Never in float16, whose range squares of features leave; and in bfloat16 only where patches enough
+    // average out the rounding of the matrix.
+    const bool precise = !kIsHalf<T> || (!std::is_same_v<T, Half> && patches.length > kFewPatches);
+    by_gram = precise && patches.length <= (backward ? 2 : 1) * patches.width;
     safe = std::abs(problem.attention_temperature) <= kSafeTemperature<T>;
     width = round_up(patches.width), padded = round_up(patches.length);
     // As many rows as columns, roughly, which is best for the products.

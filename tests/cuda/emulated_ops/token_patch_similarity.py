@@ -51,7 +51,9 @@ def token_patch_similarity(
     attention_temperature: float,
     pooling_temperature: float,
 ) -> torch.Tensor:
-    call = _Call(tokens, patches, token_mask, patch_mask, attention_temperature, pooling_temperature)
+    call = _Call(
+        tokens, patches, token_mask, patch_mask, attention_temperature, pooling_temperature
+    )
     out = call.device.empty((len(tokens), len(patches)), torch.float32)
     workspace = call.workspace(False)
     call.device.call(
@@ -71,7 +73,9 @@ def token_patch_similarity_backward(
     need_tokens: bool,
     need_patches: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    call = _Call(tokens, patches, token_mask, patch_mask, attention_temperature, pooling_temperature)
+    call = _Call(
+        tokens, patches, token_mask, patch_mask, attention_temperature, pooling_temperature
+    )
     wanted = ((tokens, need_tokens), (patches, need_patches))
     grads = [call.device.empty(x.shape if need else (0,), x.dtype) for x, need in wanted]
     grad = call.device.put(grad_output)
