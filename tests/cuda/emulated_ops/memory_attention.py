@@ -3,6 +3,7 @@
 import ctypes
 
 import torch
+
 from emulated_ops import device
 
 
