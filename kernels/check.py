@@ -90,21 +90,25 @@ def check(stem: str, tables: Path, *, anew: bool, jobs: int) -> list[str]:
     if not anew and not path.exists():
         return [f"{path} is not there: --write makes it"]
     wanted, before = cases(stem), read(path)
-    rows = {}
-    if anew:
-        current = {key for key in wanted if key in before}
-        rows = {k: before[k] for k in current if before[k]["hash"] == wanted[k].digest()}
-    missing = [key for key in wanted if key not in rows]
+    digests = {key: case.digest() for key, case in wanted.items()}
+    known = {row["hash"]: row for row in before.values()} if anew else {}
+    # Rows of one hash are one kernel, compiled once.
+    missing = {digest: key for key, digest in digests.items() if digest not in known}
     try:
         with ProcessPoolExecutor(jobs) as pool:
-            compiled = pool.map(partial(_compiled, stem), missing, chunksize=8)
-            for number, (key, row) in enumerate(zip(missing, compiled, strict=True), 1):
-                rows[key] = row
+            compiled = pool.map(partial(_compiled, stem), missing.values(), chunksize=8)
+            for number, (digest, row) in enumerate(zip(missing, compiled, strict=True), 1):
+                known[digest] = row
                 if number % 50 == 0:
                     print(f"{stem}: {number} of {len(missing)} compiled", flush=True)
     finally:
+        rows = {
+            key: known[digest] | {"kernel": key[0], "generation": key[1]}
+            for key, digest in digests.items()
+            if digest in known
+        }
         if anew:  # what was compiled before an interruption is kept
-            write(path, (rows[key] for key in wanted if key in rows))
+            write(path, rows.values())
     wrong = [
         f"{' '.join(k)} {rule}" for k, case in wanted.items() for rule in broken(case, rows[k])
     ]

@@ -1,24 +1,24 @@
 """Compiles kernels for GPUs that are not there, and reads what came out.
 
-Needs no GPU: Triton brings ptxas and cuobjdump.
+Needs no GPU: Triton brings ptxas. What is compiled is what a launch would compile: Triton's own
+binder looks at the arguments, since a kernel knows of an integer whether it is 1 or a multiple of
+16, and of a pointer that it is aligned.
 """
 
+import contextlib
 import hashlib
+import io
 import re
-import subprocess
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import MockTensor, create_function_from_signature
 
 from mpma_ext.kernels.launch import SHARED_MEMORY
-
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_POINTER_ALIGNMENT = [["tt.divisibility", 16]]
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,15 @@ class Case:
     Attributes:
         name: unique; kernel, dtype and bucket.
         kernel: the jitted function.
-        signature: Triton types of all arguments that are not constexpr, "*bf16", "i32", "fp32".
-        constexprs: values of all others, block sizes included.
+        arguments: all of a launch's, by name, with the values that they have there; a torch dtype
+            stands for an aligned tensor of it.
         generation: a key of SHARED_MEMORY.
         uses_dot: whether tensor-core instructions are to be found.
     """
 
     name: str
     kernel: triton.runtime.JITFunction
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, object]
+    arguments: Mapping[str, object]
     num_warps: int
     num_stages: int
     generation: str
@@ -45,10 +44,20 @@ class Case:
 
     def digest(self) -> str:
         """Of the kernel's source and all that it calls, this configuration, Triton's version."""
-        what = (self.kernel.cache_key, sorted(self.signature.items()))
-        what += (sorted(self.constexprs.items()), self.num_warps, self.num_stages)
-        what += (self.generation, triton.__version__)
+        what = (self.kernel.cache_key, *specialised(self.kernel, self.arguments))
+        what += (self.num_warps, self.num_stages, self.generation, triton.__version__)
         return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+
+def specialised(
+    kernel: triton.runtime.JITFunction, arguments: Mapping[str, object]
+) -> tuple[dict, dict, dict]:
+    """What a kernel is compiled for: types, constants, and what is known of the other arguments."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))  # every GPU of this kind is told the same
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    arguments = {name: MockTensor.wrap_dtype(value) for name, value in arguments.items()}
+    bound, found, _ = bind(**arguments)
+    return kernel._pack_args(backend, arguments, bound, found, {})[1:]
 
 
 def compile_case(case: Case) -> dict[str, object]:
@@ -57,34 +66,22 @@ def compile_case(case: Case) -> dict[str, object]:
     Raises:
         triton.CompilationError: the kernel does not compile for that generation.
     """
-    names = case.kernel.arg_names
-    signature = {n: case.signature.get(n, "constexpr") for n in names}
-    constants = {(names.index(n),): value for n, value in case.constexprs.items()}
-    pointers = {(i,): _POINTER_ALIGNMENT for i, n in enumerate(names) if signature[n][0] == "*"}
-    source = ASTSource(case.kernel, signature, constants, pointers)
+    source = ASTSource(case.kernel, *specialised(case.kernel, case.arguments))
     target = GPUTarget("cuda", int(case.generation.removeprefix("sm")), 32)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    compiled = triton.compile(source, target=target, options=options)
+    said = io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(said):
+        knobs.compilation.always_compile = True  # what comes from a cache says nothing
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=target, options=options)
+    (registers,) = re.findall(r"Used (\d+) registers", said.getvalue())
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said.getvalue())
     shared = compiled.metadata.shared
     return {
         "hash": case.digest(),
-        **_assembled(compiled.asm["ptx"], case.generation),
+        "registers": int(registers),
+        "spills": sum(map(int, spilled)),
         "shared": shared,
         "fits": shared <= SHARED_MEMORY[case.generation],
         "tensor_cores": sorted(set(re.findall(r"wgmma|mma\.sync|tcgen05", compiled.asm["ptx"]))),
     }
-
-
-def _assembled(ptx: str, generation: str) -> dict[str, int]:
-    """What ptxas says of registers and spills."""
-    blackwell = generation == "sm100"
-    tool = _TOOLS / ("ptxas-blackwell" if blackwell else "ptxas")
-    arch = generation.replace("sm", "sm_") + ("a" if generation in ("sm90", "sm100") else "")
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [str(tool), "-v", f"-arch={arch}", file.name, "-o", "/dev/null"]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    (registers,) = re.findall(r"Used (\d+) registers", said)
-    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
-    return {"registers": int(registers), "spills": sum(map(int, spilled))}

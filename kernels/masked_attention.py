@@ -25,12 +25,11 @@ from mpma_ext.kernels.masked_attention_tiles import (
     in_place,
     kept,
     load_rows,
-    mask_steps,
     origin,
     precision,
     real_keys,
     rows,
-    statistic_steps,
+    statistic_origin,
     steps,
     store_rows,
 )
@@ -54,9 +53,7 @@ def _forward(
     query_steps,  # of an item, a row and a head; so are all steps
     key_steps,
     value_steps,
-    mask_steps,
     output_steps,
-    logsumexp_steps,
     heads,
     items,
     queries,
@@ -86,10 +83,10 @@ def _forward(
     key = origin(key, key_steps, item, start_k, head)
     value = origin(value, value_steps, item, start_k, head)
     output = origin(output, output_steps, item, start_q, head)
-    logsumexp = origin(logsumexp, logsumexp_steps, item, start_q, head)
+    logsumexp = statistic_origin(logsumexp, cu_seqlens_q, item, start_q, heads, head, query_rows)
     mask = None
     if key_padding_mask is not None:
-        mask = origin(key_padding_mask, mask_steps, item, start_k, head)
+        mask = key_padding_mask + item.to(tl.int64) * keys
     if cu_seqlens_q is not None:
         end = stop_q - start_q
         first, stride = length_q + tile * BLOCK_M, tiles * BLOCK_M
@@ -105,7 +102,7 @@ def _forward(
     q = load_rows(query, tile * BLOCK_M, query_steps[1], i < length_q, WIDTH, BLOCK_D)
     if ONE_TILE:
         j = tl.arange(0, BLOCK_N)
-        real = real_keys(mask, j, mask_steps[1], length_k)
+        real = real_keys(mask, j, length_k)
         k = load_rows(key, 0, key_steps[1], real, WIDTH, BLOCK_D)
         v = load_rows(value, 0, value_steps[1], real, WIDTH, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
@@ -124,7 +121,7 @@ def _forward(
         found = length_k * 0
         for first in range(0, length_k, BLOCK_N):
             j = first + tl.arange(0, BLOCK_N)
-            real = real_keys(mask, j, mask_steps[1], length_k)
+            real = real_keys(mask, j, length_k)
             k = load_rows(key, first, key_steps[1], real, WIDTH, BLOCK_D)
             v = load_rows(value, first, value_steps[1], real, WIDTH, BLOCK_D)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
@@ -174,7 +171,7 @@ def _attend(
         query,
         key,
         value,
-        key_padding_mask,
+        None if key_padding_mask is None else key_padding_mask.contiguous(),
         *cu_seqlens,
         dropout_seed,
         output,
@@ -182,9 +179,7 @@ def _attend(
         steps(query),
         steps(key),
         steps(value),
-        mask_steps(key_padding_mask),
         steps(output),
-        statistic_steps(logsumexp),
         heads,
         items,
         queries,
@@ -197,7 +192,7 @@ def _attend(
         WIDTH=width,
         DROPOUT=dropout_p > 0,
         ONE_TILE=keys <= row["BLOCK_N"],
-        PRECISION=precision(query),
+        PRECISION=precision(),
         BLOCK_D=block_d(width),
         **row,
     )
@@ -273,4 +268,4 @@ def compile_cases() -> "Iterator[Case]":
         _, _, name, launched = row
         one_tile = not name.startswith("long") and int(name.split("x")[0]) <= launched["BLOCK_N"]
         for packed in (False, True):
-            yield case(_forward, row, packed, constants={"ONE_TILE": one_tile})
+            yield case(_forward, row, packed, ONE_TILE=one_tile)

@@ -12,9 +12,7 @@ from mpma_ext.kernels.masked_attention_tiles import (
     block_d,
     bucket,
     in_place,
-    mask_steps,
     precision,
-    statistic_steps,
     steps,
 )
 from mpma_ext.kernels.philox import dropout_threshold
@@ -37,6 +35,7 @@ def _write_gradients(
     query, key, value = (in_place(x) for x in operands)
     grad_output, output = in_place(grad_output), in_place(output)
     logsumexp = logsumexp.contiguous()
+    mask = None if key_padding_mask is None else key_padding_mask.contiguous()
     grad_query, grad_key, grad_value = gradients
     key_steps = steps(grad_value if grad_key is None else grad_key)
     *_, query_rows, heads, width = query.shape
@@ -49,7 +48,7 @@ def _write_gradients(
     sizes = (heads, items, *longest, query_rows, key.shape[-3])
     sizes += (scale, 1 / (1 - dropout_p), dropout_threshold(dropout_p))
     constants = {"WIDTH": width, "DROPOUT": dropout_p > 0, "BLOCK_D": block_d(width)}
-    constants["PRECISION"] = precision(query)
+    constants["PRECISION"] = precision()
     row = launch(STEM, "_backward", query, bucket(longest[0], width, dropout_p))
     elsewhere = longest[0] > row["BLOCK_M"] and (grad_key, grad_value) != (None, None)
     delta = torch.empty_like(logsumexp) if elsewhere else None
@@ -60,7 +59,7 @@ def _write_gradients(
         value,
         output,
         logsumexp,
-        key_padding_mask,
+        mask,
         *shared,
         delta,
         grad_query,
@@ -70,8 +69,6 @@ def _write_gradients(
         steps(key),
         steps(value),
         steps(output),
-        statistic_steps(logsumexp),
-        mask_steps(key_padding_mask),
         steps(grad_query),
         key_steps,
         *sizes,
@@ -87,7 +84,7 @@ def _write_gradients(
         key,
         value,
         logsumexp,
-        key_padding_mask,
+        mask,
         *shared,
         delta,
         grad_key,
@@ -96,8 +93,6 @@ def _write_gradients(
         steps(query),
         steps(key),
         steps(value),
-        statistic_steps(logsumexp),
-        mask_steps(key_padding_mask),
         key_steps,
         *sizes,
         **constants,

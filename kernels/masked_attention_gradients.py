@@ -25,6 +25,7 @@ from mpma_ext.kernels.masked_attention_tiles import (
     origin,
     real_keys,
     rows,
+    statistic_origin,
     store_rows,
 )
 from mpma_ext.kernels.philox import seed_words
@@ -143,8 +144,6 @@ def _backward(
     key_steps,
     value_steps,
     output_steps,
-    logsumexp_steps,  # delta's too
-    mask_steps,
     grad_query_steps,
     grad_key_steps,  # grad_value's too
     heads,
@@ -176,12 +175,12 @@ def _backward(
     key = origin(key, key_steps, item, start_k, head)
     value = origin(value, value_steps, item, start_k, head)
     output = origin(output, output_steps, item, start_q, head)
-    logsumexp = origin(logsumexp, logsumexp_steps, item, start_q, head)
+    logsumexp = statistic_origin(logsumexp, cu_seqlens_q, item, start_q, heads, head, query_rows)
     mask = None
     if key_padding_mask is not None:
-        mask = origin(key_padding_mask, mask_steps, item, start_k, head)
+        mask = key_padding_mask + item.to(tl.int64) * keys
     if delta is not None:
-        delta = origin(delta, logsumexp_steps, item, start_q, head)
+        delta = statistic_origin(delta, cu_seqlens_q, item, start_q, heads, head, query_rows)
     rows_q, rows_k = stop_q - start_q, stop_k - start_k
     if grad_query is not None:
         grad_query = origin(grad_query, grad_query_steps, item, start_q, head)
@@ -195,9 +194,12 @@ def _backward(
     if grad_value is not None:
         grad_value = origin(grad_value, grad_key_steps, item, start_k, head)
         clear_rows(grad_value, length_k, rows_k, BLOCK_N, by_row, WIDTH, BLOCK_N, BLOCK_D)
+    first_q = tile * BLOCK_M
+    if grad_key is None and grad_value is None:
+        if first_q >= length_q:
+            return
     if DROPOUT:
         seed = seed_words(dropout_seed)
-    first_q = tile * BLOCK_M
     operands = (query, query_steps[1], grad_output, grad_output_steps[1], output, output_steps[1])
     of_queries = _load_queries(
         operands, logsumexp, delta, first_q, length_q, WIDTH, BLOCK_M, BLOCK_D
@@ -209,7 +211,7 @@ def _backward(
     i = first_q + tl.arange(0, BLOCK_M)
     for first in range(0, length_k, BLOCK_N):
         j = first + tl.arange(0, BLOCK_N)
-        real = real_keys(mask, j, mask_steps[1], length_k)
+        real = real_keys(mask, j, length_k)
         k = load_rows(key, first, key_steps[1], real, WIDTH, BLOCK_D)
         v = load_rows(value, first, value_steps[1], real, WIDTH, BLOCK_D)
         of_keys = (k, v, real)
@@ -263,8 +265,6 @@ def _backward_key(
     query_steps,
     key_steps,
     value_steps,
-    logsumexp_steps,  # delta's too
-    mask_steps,
     grad_key_steps,  # grad_value's too
     heads,
     items,
@@ -294,11 +294,11 @@ def _backward_key(
     query = origin(query, query_steps, item, start_q, head)
     key = origin(key, key_steps, item, start_k, head)
     value = origin(value, value_steps, item, start_k, head)
-    logsumexp = origin(logsumexp, logsumexp_steps, item, start_q, head)
+    logsumexp = statistic_origin(logsumexp, cu_seqlens_q, item, start_q, heads, head, query_rows)
     mask = None
     if key_padding_mask is not None:
-        mask = origin(key_padding_mask, mask_steps, item, start_k, head)
-    delta = origin(delta, logsumexp_steps, item, start_q, head)
+        mask = key_padding_mask + item.to(tl.int64) * keys
+    delta = statistic_origin(delta, cu_seqlens_q, item, start_q, heads, head, query_rows)
     first, rows_k, stride = length_k + tile * BLOCK_N, stop_k - start_k, tiles * BLOCK_N
     by_row = grad_key_steps[1]
     if grad_key is not None:
@@ -312,7 +312,7 @@ def _backward_key(
     if DROPOUT:
         seed = seed_words(dropout_seed)
     j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    real = real_keys(mask, j, mask_steps[1], length_k)
+    real = real_keys(mask, j, length_k)
     k = load_rows(key, tile * BLOCK_N, key_steps[1], real, WIDTH, BLOCK_D)
     v = load_rows(value, tile * BLOCK_N, value_steps[1], real, WIDTH, BLOCK_D)
     of_keys = (k, v, real)
@@ -357,9 +357,9 @@ def compile_cases() -> "Iterator[Case]":
     for row in rows(_backward):
         _, _, name, launched = row
         whole = not name.startswith("long") and int(name.split("x")[0]) <= launched["BLOCK_M"]
-        absent = ("delta",) if whole else ("grad_key", "grad_value")
+        absent = dict.fromkeys(("delta",) if whole else ("grad_key", "grad_value"))
         for packed in (False, True):
-            yield case(_backward, row, packed, absent)
+            yield case(_backward, row, packed, **absent)
     for row in rows(_backward_key):
         for packed in (False, True):
             yield case(_backward_key, row, packed)

@@ -4,14 +4,14 @@ Padded and packed sequences are one case. An item is a sample of the padded form
 the packed one, whose steps from item to item are 0 and whose rows start at its offset.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
-from mpma_ext.kernels.launch import SHARED_MEMORY, find, table
+from mpma_ext.kernels.launch import DTYPES, SHARED_MEMORY, find, table
 from mpma_ext.kernels.philox import dropout_words
 
 if TYPE_CHECKING:
@@ -61,6 +61,23 @@ def origin(
     """Pointer to one row of one head; 64-bit, since an operand may pass 2**31 elements."""
     item, row, head = item.to(tl.int64), row.to(tl.int64), head.to(tl.int64)
     return pointer + item * steps[0] + row * steps[1] + head * steps[2]
+
+
+@triton.jit
+def statistic_origin(
+    pointer,  # (items, heads, rows), packed (heads, rows)
+    cu_seqlens,  # None where not packed
+    item,
+    row,
+    heads,
+    head,
+    rows,
+):
+    """Pointer to one row's statistic of one head; 64-bit as well."""
+    line = tl.cast(head, tl.int64)
+    if cu_seqlens is None:
+        line += tl.cast(item, tl.int64) * heads
+    return pointer + line * rows + row
 
 
 @triton.jit
@@ -120,13 +137,12 @@ def clear_rows(
 def real_keys(
     mask,  # (keys) bool, of one item, or None
     j,  # (N)
-    by_key,
     length,
 ):
     """Which keys may be attended to (N)."""
     real = j < length
     if mask is not None:
-        real = (tl.load(mask + j.to(tl.int64) * by_key, mask=real, other=0) != 0) & real
+        real = (tl.load(mask + j, mask=real, other=0) != 0) & real
     return real
 
 
@@ -158,17 +174,6 @@ def steps(tensor: torch.Tensor | None) -> tuple[int, int, int]:
     return (0,) * (4 - tensor.dim()) + tensor.stride()[:-1]
 
 
-def mask_steps(mask: torch.Tensor | None) -> tuple[int, int, int]:
-    """The same of a key padding mask, which all heads share."""
-    return (0, 0, 0) if mask is None else (*mask.stride(), 0)
-
-
-def statistic_steps(statistic: torch.Tensor) -> tuple[int, int, int]:
-    """The same of a contiguous statistic, (items, heads, queries) or packed (heads, query_rows)."""
-    heads, rows = statistic.shape[-2:]
-    return (heads * rows * (statistic.dim() == 3), 1, rows)
-
-
 def block_d(width: int) -> int:
     """Columns of a tile."""
     return 32 if width <= 32 else 64 if width <= 64 else 128
@@ -180,7 +185,7 @@ def bucket(length: int, width: int, dropout_p: float) -> str:
     return f"{rounded}x{block_d(width)}" + ("-dropout" if dropout_p > 0 else "")
 
 
-def precision(tensor: torch.Tensor) -> str:
+def precision() -> str:
     """How tl.dot is to multiply: float32 as three TF32 products, unless PyTorch allows one."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
@@ -198,48 +203,38 @@ def case(
     kernel: triton.runtime.JITFunction,
     row: tuple[str, str, str, dict[str, int]],
     packed: bool,
-    absent: tuple[str, ...] = (),
-    constants: Mapping[str, object] | None = None,
+    **others: object,
 ) -> "Case":
-    """A kernel in one row, at a vision transformer's strides.
+    """A kernel in one row, as it is launched for 12 heads of contiguous operands.
 
     Args:
         row: of `rows`.
         packed: sequences by their offsets, or else samples with a key padding mask.
-        absent: what is None.
+        others: arguments that are not all kernels', or not always given.
     """
     from mpma_ext.kernels.compile import Case  # needed by nobody who only runs kernels
 
     generation, dtype, name, launched = row
     width = int(name.removesuffix("-dropout").split("x")[1])
     dropout = name.endswith("-dropout")
-    absent += ("key_padding_mask",) if packed else ("cu_seqlens_q", "cu_seqlens_k")
-    absent += () if dropout else ("dropout_seed",)
-    constexprs = {
-        "WIDTH": width,
-        "DROPOUT": dropout,
-        "PRECISION": "tf32x3",
-        "BLOCK_D": width,
-        **{n: launched[n] for n in ("BLOCK_M", "BLOCK_N")},
-        **{n: (0 if packed else 197 * 12 * width, 12 * width, width) for n in _steps_of(kernel)},
-        **{n: None for n in absent},
-        **(constants or {}),
-    }
-    short = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}[dtype]
-    types = dict.fromkeys(SIZES, "i32") | {"logsumexp": "*fp32", "delta": "*fp32"}
-    types |= {"scale": "fp32", "kept_scale": "fp32", "threshold": "u32", "dropout_seed": "*i64"}
-    types |= {"key_padding_mask": "*i1", "cu_seqlens_q": "*i32", "cu_seqlens_k": "*i32"}
-    names = kernel.arg_names
+    (operand,) = (key for key, value in DTYPES.items() if value == dtype)
+    values = dict.fromkeys(kernel.arg_names, operand)
+    values |= {n: (0 if packed else 197 * 12 * width, 12 * width, width) for n in _steps(kernel)}
+    values |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.int32 if packed else None)
+    values |= {"key_padding_mask": None if packed else torch.bool}
+    values |= {"dropout_seed": torch.int64 if dropout else None}
+    values |= dict.fromkeys(("logsumexp", "delta"), torch.float32) | dict.fromkeys(SIZES, 197)
+    values |= {"scale": width**-0.5, "kept_scale": 1.25, "WIDTH": width, "DROPOUT": dropout}
+    values |= {"PRECISION": "tf32x3", "BLOCK_D": width, **launched, **others}
     return Case(
         name=f"{STEM}.{kernel.__name__} {dtype} {name}" + " packed" * packed,
         kernel=kernel,
-        signature={n: types.get(n, short) for n in names if n not in constexprs},
-        constexprs={n: value for n, value in constexprs.items() if n in names},
+        arguments={n: values[n] for n in kernel.arg_names},
         num_warps=launched["num_warps"],
         num_stages=launched["num_stages"],
         generation=generation,
     )
 
 
-def _steps_of(kernel: triton.runtime.JITFunction) -> list[str]:
+def _steps(kernel: triton.runtime.JITFunction) -> list[str]:
     return [name for name in kernel.arg_names if name.endswith("_steps")]

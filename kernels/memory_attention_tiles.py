@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mpma_ext.kernels.launch import SHARED_MEMORY, find, table
+from mpma_ext.kernels.launch import DTYPES, SHARED_MEMORY, find, table
 from mpma_ext.kernels.philox import dropout_threshold, dropout_words, seed_words
 
 if TYPE_CHECKING:
@@ -19,13 +19,11 @@ if TYPE_CHECKING:
 
 STEM = "memory_attention"
 LARGEST_TILE = 256  # rows
-# Kernels are compiled once whatever these are: the batch changes from step to step.
-NOT_SPECIALIZED = ["rows", "first", "threshold"]
-# What is compiled: with PRECISION for float32, and without a seed or with one.
-DROPOUT_VARIANTS = {
-    "": {"PRECISION": "tf32x3", "seed": None},
-    " dropout": {"PRECISION": "tf32x3"},
-}
+# Kernels are compiled once whatever these are: the batch changes from step to step. The width is a
+# constant, which saves registers.
+NOT_SPECIALIZED = ["rows", "first", "slots", "heads", "topk", "threshold"]
+# What is compiled: without a seed and with one.
+DROPOUT_VARIANTS = {"": {"seed": None}, " dropout": {}}
 
 
 @triton.jit
@@ -168,46 +166,39 @@ def cases(
 ) -> "Iterator[Case]":
     """A kernel in every row of its table for every generation, with 12 heads.
 
-    Widths and strides are constants, so that the compiler knows what divides them, as it does at
-    run time. So are flags and what is None, by the variant's name.
+    Args:
+        variants: arguments that a bucket does not decide, by what tells them in a case's name.
     """
     from mpma_ext.kernels.compile import Case  # needed by nobody who only runs kernels
 
     names, rows = kernel.arg_names, table(STEM)[kernel.__name__]
     for generation in SHARED_MEMORY:
-        for dtype, short in (("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32")):
+        for dtype, short in DTYPES.items():
             for bucket, (variant, flags) in product(rows["sm86"]["float32"], variants.items()):
-                row = dict(find(rows, generation, dtype, bucket))
+                row = dict(find(rows, generation, short, bucket))
                 options = {"num_warps": row.pop("num_warps"), "num_stages": row.pop("num_stages")}
-                fixed = {**_constants(names, bucket), **row, **flags}
+                values = {**_launched(names, dtype, bucket), **row, **flags}
                 yield Case(
-                    name=f"{STEM}.{kernel.__name__} {dtype} {bucket}{variant}",
+                    name=f"{STEM}.{kernel.__name__} {short} {bucket}{variant}",
                     kernel=kernel,
-                    signature={name: _type(name, short) for name in names if name not in fixed},
-                    constexprs={name: value for name, value in fixed.items() if name in names},
+                    arguments={name: values[name] for name in names},
                     generation=generation,
-                    uses_dot=uses_dot and dtype != "float32",
+                    uses_dot=uses_dot and dtype != torch.float32,
                     **options,
                 )
 
 
-def _constants(names: Iterable[str], bucket: str) -> dict[str, object]:
-    """What a bucket, the width and the columns of a tile of best slots, says of arguments."""
+def _launched(names: Iterable[str], dtype: torch.dtype, bucket: str) -> dict[str, object]:
+    """What a launch says in a bucket: the width, and the columns of a tile of best slots."""
     width, *best = map(int, bucket.split("x"))
     best = best[0] if best else 32
-    fixed = {"width": width, "BLOCK_D": width, "CAPACITY": 2 * best, "BLOCK_K": best}
-    fixed |= {name: 12 * width for name in names if name.endswith(("_row", "_slot"))}
-    return fixed | {name: width for name in names if name.endswith("_head")}
-
-
-def _type(name: str, dtype: str) -> str:
-    """Triton's type of an argument."""
-    if name in ("query", "key", "value", "output") or name.startswith("grad_"):
-        return f"*{dtype}"
-    return {
-        **dict.fromkeys(("candidates", "seed", "order", "starts"), "*i64"),
-        **dict.fromkeys(("counts", "indices"), "*i32"),
-        **dict.fromkeys(("logsumexp", "delta", "coefficients"), "*fp32"),
-        **dict.fromkeys(("scale", "kept_scale"), "fp32"),
-        "threshold": "u32",
-    }.get(name, "i32")
+    values = dict.fromkeys(names, dtype)
+    values |= dict.fromkeys(("candidates", "seed", "order", "starts"), torch.int64)
+    values |= dict.fromkeys(("counts", "indices"), torch.int32)
+    values |= dict.fromkeys(("logsumexp", "delta", "coefficients"), torch.float32)
+    values |= {"rows": 12800, "first": 0, "share": 12800, "slots": 2048, "heads": 12}
+    values |= {"WIDTH": width, "topk": best, "scale": width**-0.5}
+    values |= {"threshold": 2**29, "kept_scale": 1.25, "PRECISION": "tf32x3"}
+    values |= {"BLOCK_D": width, "CAPACITY": 2 * best, "BLOCK_K": best}
+    values |= {name: 12 * width for name in names if name.endswith(("_row", "_slot"))}
+    return values | {name: width for name in names if name.endswith("_head")}

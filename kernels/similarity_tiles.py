@@ -7,24 +7,26 @@ import torch
 import triton
 import triton.language as tl
 
-from mpma_ext.kernels.launch import SHARED_MEMORY, find, table
+from mpma_ext.kernels.launch import DTYPES, SHARED_MEMORY, find, table
 
 if TYPE_CHECKING:
     from mpma_ext.kernels.compile import Case
+
+# Kernels are compiled once whatever these are: batches and lengths change from step to step.
+NOT_SPECIALIZED = ["reports", "images", "T", "P"]
 
 
 @triton.jit
 def rows_of(side, item, position, within):
     """Pointers to rows, and which of them, within bounds, are real.
 
-    A side is (rows, their strides over items and positions, mask or None, its two strides).
+    A side is (rows, their strides over items and positions, mask (items, length) or None, length).
     """
-    rows, by_item, by_position, mask, mask_by_item, mask_by_position = side
+    rows, by_item, by_position, mask, length = side
     item, position = item.to(tl.int64), position.to(tl.int64)
     real = within
     if mask is not None:
-        offset = item * mask_by_item + position * mask_by_position
-        real = (tl.load(mask + offset, mask=within, other=0) != 0) & within
+        real = (tl.load(mask + item * length + position, mask=within, other=0) != 0) & within
     return rows + item * by_item + position * by_position, real
 
 
@@ -56,9 +58,9 @@ def rows_in_place(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(2) == 1 else tensor.contiguous()
 
 
-def strides(mask: torch.Tensor | None) -> tuple[int, int]:
-    """Strides of a mask that may be absent."""
-    return (0, 0) if mask is None else mask.stride()
+def packed(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask that may be absent, without gaps."""
+    return None if mask is None else mask.contiguous()
 
 
 def precision(tensor: torch.Tensor) -> str:
@@ -67,49 +69,44 @@ def precision(tensor: torch.Tensor) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-# Strides of 64 tokens and 196 patches of 768 features, for the compiler to see what divides them.
-ROWS = {"tokens_item": 64 * 768, "tokens_row": 768, "patches_item": 196 * 768, "patches_row": 768}
+# What a launch says of 256 reports of 64 tokens and 256 images of 196 patches of 768 features.
+LAUNCHED = {
+    **{"reports": 256, "images": 256, "T": 64, "P": 196, "P_padded": 208, "D": 768},
+    **{"tokens_item": 64 * 768, "tokens_row": 768, "patches_item": 196 * 768, "patches_row": 768},
+    **{"attention_temperature": 4.0, "pooling_temperature": 5.0, "PRECISION": "ieee"},
+}
 
 
 def cases(
     stem: str,
     kernel: triton.runtime.JITFunction,
-    pointers: Mapping[str, str | None],
-    constants: Mapping[str, object],
+    tensors: Mapping[str, torch.dtype | None],
+    arguments: Mapping[str, object],
     variant: str = "",
 ) -> "Iterator[Case]":
     """A kernel in every row of its table, for every generation.
 
     Args:
-        pointers: what they point to, "" for the operands' type; None for one that is not given.
-        constants: flags, and sizes of which the compiler is to know what divides them, as it does
-            when they are given at run time. What is named here nor in the row is an integer, or a
-            float if it is a temperature.
-        variant: tells these constants from others in the cases' names.
+        tensors: their dtypes, None for the operands' own. One that is not given is None among the
+            arguments.
+        arguments: what LAUNCHED and the row do not say, or say otherwise.
+        variant: tells these arguments from others in the cases' names.
     """
     from mpma_ext.kernels.compile import Case  # needed by nobody who only runs kernels
 
     rows = table(stem)[kernel.__name__]
     for generation in SHARED_MEMORY:
-        for dtype, short in (("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32")):
+        for dtype, name in DTYPES.items():
             for bucket in rows["sm86"]["float32"]:
-                row = dict(find(rows, generation, dtype, bucket))
+                row = dict(find(rows, generation, name, bucket))
                 options = {"num_warps": row.pop("num_warps"), "num_stages": row.pop("num_stages")}
-                absent = {name: None for name, type_ in pointers.items() if type_ is None}
-                fixed = {"PRECISION": "ieee", **constants, **row, **absent}
-                signature = {
-                    name: f"*{pointers[name] or short}"
-                    if name in pointers
-                    else ("fp32" if name.endswith("temperature") else "i32")
-                    for name in kernel.arg_names
-                    if name not in fixed
-                }
+                values = {**LAUNCHED, **{n: of or dtype for n, of in tensors.items()}}
+                values |= {**arguments, **row}
                 yield Case(
-                    name=f"{stem}.{kernel.__name__} {dtype} {bucket}{variant}",
+                    name=f"{stem}.{kernel.__name__} {name} {bucket}{variant}",
                     kernel=kernel,
-                    signature=signature,
-                    constexprs={n: v for n, v in fixed.items() if n in kernel.arg_names},
+                    arguments={n: values[n] for n in kernel.arg_names},
                     generation=generation,
-                    uses_dot="PRECISION" in kernel.arg_names and dtype != "float32",
+                    uses_dot="PRECISION" in kernel.arg_names and dtype != torch.float32,
                     **options,
                 )

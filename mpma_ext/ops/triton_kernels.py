@@ -1,6 +1,7 @@
 """The Triton kernels behind torch.ops.mpma.*_triton; imported at their first call."""
 
 import importlib
+from collections.abc import Callable
 
 import torch
 
@@ -13,15 +14,19 @@ _FILES = {
 }
 
 
-def _register(operator: str, suffix: str) -> None:
-    launcher = f"{operator}{suffix}"
+def launcher(name: str) -> Callable:
+    """The launcher of an operator or of its backward, which may have a file of its own."""
+    operator = name.removesuffix("_backward")
+    kernels = importlib.import_module(f"mpma_ext.kernels.{_FILES.get(operator, operator)}")
+    if not hasattr(kernels, name):
+        kernels = importlib.import_module(f"{kernels.__name__}_backward")
+    return getattr(kernels, name)
 
+
+def _register(operator: str, suffix: str) -> None:
     def run(*arguments):
-        kernels = importlib.import_module(f"mpma_ext.kernels.{_FILES.get(operator, operator)}")
-        if not hasattr(kernels, launcher):  # a long backward has a file of its own
-            kernels = importlib.import_module(f"{kernels.__name__}_backward")
         with torch.cuda.device_of(arguments[0]):  # where Triton launches; nothing on the CPU
-            return getattr(kernels, launcher)(*arguments)
+            return launcher(f"{operator}{suffix}")(*arguments)
 
     for device in ("cuda", "cpu") if INTERPRETED else ("cuda",):
         torch.library.impl(f"mpma::{operator}_triton{suffix}", device, run)

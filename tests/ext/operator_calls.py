@@ -113,20 +113,25 @@ def operator_arguments(name):
 
 
 def backward_arguments(name):
-    """Arguments of the operator's backward: ones as gradients, every other gradient wanted.
+    """Arguments of the operator's backward: ones as gradients, every other gradient wanted."""
+    arguments = operator_arguments(name)
+    outputs = getattr(torch.ops.mpma, name)(*arguments)
+    return with_outputs(name, arguments, outputs, lambda number: number % 2 == 0)
+
+
+def with_outputs(name, arguments, outputs, needs):
+    """Arguments of the backward after a forward; `needs` says of a gradient if it is wanted.
 
     The forward returns first what has a gradient and last what is saved for the backward.
     """
-    arguments = operator_arguments(name)
     values = dict(zip(schema(name), arguments, strict=True))
-    outputs = getattr(torch.ops.mpma, name)(*arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     names = schema(f"{name}_backward")
     gradients = [key for key in names if key.startswith("grad_")]
     wanted = [key for key in names if key.startswith("need_")]
     saved = [key for key in names if key not in (*values, *gradients, *wanted)]
     values |= {key: torch.ones_like(out) for key, out in zip(gradients, outputs, strict=False)}
-    values |= {key: i % 2 == 0 for i, key in enumerate(wanted)}
+    values |= {key: needs(number) for number, key in enumerate(wanted)}
     values |= dict(zip(saved, outputs[len(outputs) - len(saved) :], strict=True))
     return [values[key] for key in names]
 

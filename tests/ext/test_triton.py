@@ -9,12 +9,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from operator_calls import CALLS
+import torch
+from operator_calls import CALLS, SIZES, operator_arguments, with_outputs
 
 pytest.importorskip("triton", reason="Triton is for Linux")
-from mpma_ext.kernels import check
-from mpma_ext.kernels.compile import compile_case
+from triton.runtime.jit import JITFunction
+
+from mpma_ext.kernels import check, launch
+from mpma_ext.kernels.compile import compile_case, specialised
 from mpma_ext.kernels.launch import table
+from mpma_ext.ops import triton_kernels
 
 SCRIPT = Path(__file__).with_name("interpreted_triton.py")
 KERNELS = Path(check.__file__).parent
@@ -27,6 +31,55 @@ def test_the_interpreted_kernels_agree_with_the_definition(name):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"{name} torch.float32 agrees" in done.stdout
+
+
+# A model's sizes. Batches are odd: no kernel is compiled anew for another one.
+MODEL = {"B": 3, "S": 197, "Sq": 197, "Sk": 197, "H": 12, "D": 64, "Nq": 591, "Nk": 591}
+MODEL |= {"...": 591, "N": 2048, "Bt": 3, "T": 57, "Bi": 5, "P": 196}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "settings"),
+    [
+        *((name, {}, {}) for name in CALLS if name != "memory_attention"),
+        *(("memory_attention", {}, {"topk": topk}) for topk in (0, 32)),
+        ("token_patch_similarity", {"D": 768}, {}),  # with Gram matrices
+        *((f"token_patch{form}similarity", {"T": 200}, {}) for form in ("_", "_max_")),
+    ],
+    ids=str,
+)
+def test_what_is_compiled_is_what_is_launched(name, sizes, settings, monkeypatch):
+    """Launches on tensors without contents, which nothing could read on the way either."""
+    launched = set()
+
+    def record(kernel, *arguments, grid, warmup, num_warps, num_stages, **named):
+        bound = kernel.signature.bind(*arguments, **named).arguments
+        launched.add((kernel.__name__, repr(specialised(kernel, bound))))
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    monkeypatch.setattr(launch, "generation", lambda device: "sm90")
+    programs = "mpma_ext.kernels.token_patch_similarity._programs"
+    monkeypatch.setattr(programs, lambda device, scratch: 264)
+    for axis, size in (MODEL | sizes).items():
+        monkeypatch.setitem(SIZES, axis, size)
+    call = replace(CALLS[name], settings=CALLS[name].settings | settings)
+    monkeypatch.setitem(CALLS, name, call)
+    arguments = [
+        value.to("meta", torch.bfloat16 if value.is_floating_point() else None)
+        if isinstance(value, torch.Tensor)
+        else value
+        for value in operator_arguments(name)
+    ]
+    outputs = triton_kernels.launcher(name)(*arguments)
+    backward = with_outputs(name, arguments, outputs, lambda number: True)
+    triton_kernels.launcher(f"{name}_backward")(*backward)
+    family = next(family for family, stem in check.STEMS.items() if name.startswith(stem))
+    compiled = {
+        (case.kernel.__name__, repr(specialised(case.kernel, case.arguments)))
+        for case in check.cases(family).values()
+        if case.generation == "sm90"
+    }
+    assert launched and launched <= compiled
 
 
 @pytest.mark.parametrize(
@@ -43,18 +96,17 @@ def test_a_forward_kernel_compiles_for_a_gpu_that_is_not_here(kernels):
 
 def test_faults_of_compiled_kernels_are_found(tmp_path, monkeypatch):
     """What `make check-triton` does, on one kernel."""
-    key, case = next(
-        item for item in check.cases("memory_attention").items() if "_dense" in item[0][0]
-    )
+    key = ("masked_attention._forward bfloat16 64x64", "sm80")
+    case = check.cases("masked_attention")[key]
     for cases in ("cases", "_cases"):
         monkeypatch.setattr(check, cases, lambda stem: {key: case})
-    run = partial(check.check, "memory_attention", tmp_path, jobs=1)
+    run = partial(check.check, "masked_attention", tmp_path, jobs=1)
     assert run(anew=False) == [
-        f"{tmp_path / 'memory_attention.csv'} is not there: --write makes it"
+        f"{tmp_path / 'masked_attention.csv'} is not there: --write makes it"
     ]
     assert run(anew=True) == run(anew=False) == []
-    (tmp_path / "memory_attention.csv").write_text(
-        (tmp_path / "memory_attention.csv").read_text().replace(case.digest(), "0" * 16)
+    (tmp_path / "masked_attention.csv").write_text(
+        (tmp_path / "masked_attention.csv").read_text().replace(case.digest(), "0" * 16)
     )
     (wrong,) = run(anew=False)
     assert "is not as in" in wrong
