@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from kernels_under_test import DTYPES, INTERPRETED, MOST_KEPT, OPS, cpu_only
+from kernels_under_test import BACKEND, DTYPES, INTERPRETED, MOST_KEPT, OPS, cpu_only
 
 from mpma_ext.backends import COMPILED
 from mpma_ext.reference.philox import memory_dropout_keep
@@ -105,10 +105,9 @@ def test_error_is_at_most_that_of_eager(dtype, shape, dropout_p):
         return with_gradients(lambda *t: evaluate(*t, slots, 0.3, dropout_p), inputs, grad_output)
 
     *inputs, grad_output = (t.to(dtype) for t in tensors)
-    ours = with_gradients(
-        lambda *t: forward(*t, topk, 0.3, dropout_p, SEED)[0], inputs, grad_output
-    )
-    _, logsumexp, indices = forward(*inputs, topk, 0.3, dropout_p, SEED)
+    output, indices, *gradients = run((*inputs, grad_output.to(dtype)), topk, dropout_p=dropout_p)
+    ours = (output, *gradients)
+    _, logsumexp, _ = forward(*inputs, topk, 0.3, dropout_p, SEED)
     assert indices.dtype == torch.int32 and indices.shape == (*size[:2], topk)
     if topk:
         assert torch.equal(indices.long(), kept)
@@ -136,10 +135,15 @@ def largest(tensor):
     "dtype", [d for d in (torch.float32, torch.bfloat16) if d in DTYPES], ids=str
 )
 def test_one_slot(dtype):
-    """The output is the slot's value; the gradient of the score, a difference of equals, is 0."""
+    """The output is the slot's value; the gradient of the score, a difference of equals, is 0.
+
+    Three TF32 products keep 22 bits of a float32 value on a GPU.
+    """
     query, key, value, grad = operands(3, 2, 8, 1, dtype=dtype)
     output, _, grad_query, grad_key, grad_value = run((query, key, value, grad), 0)
-    assert torch.equal(output, value.expand(3, -1, -1))
+    exact = BACKEND == "cpu" or INTERPRETED or dtype == torch.bfloat16
+    lost = 0 if exact else 2**-21
+    torch.testing.assert_close(output, value.expand(3, -1, -1), rtol=lost, atol=0)
     # 8 products summed twice in different order, times the scale of 0.3, summed over 3 rows.
     rounding = 8 * torch.finfo(torch.float32).eps * (grad * value).abs().sum(-1).max()
     assert grad_query.abs().max() <= rounding * key.abs().max()

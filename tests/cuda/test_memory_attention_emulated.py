@@ -1,0 +1,7 @@
+"""The CUDA kernels of memory attention, run by the emulator over the traps of tests/ext."""
+
+from emulated_traps import check_traps
+
+
+def test_traps():
+    check_traps("test_memory_attention_kernels.py")
