@@ -1,4 +1,4 @@
-"""The CUDA kernels of the max form on the emulated machine: the traps, and operands of many tiles."""
+"""The CUDA kernels of the max form on the emulated machine: the traps, and many tiles."""
 
 import pytest
 import torch
