@@ -30,82 +30,103 @@ MPMA_DEVICE Best better_of(const Best& a, const Best& b) {
   return take ? b : a;
 }
 
-// One step of a reduction over lanes in which the work is halved with every step. Two lanes that differ in `bit` of their
-// number hold kCount maxima each; afterwards the one without the bit holds the first half of the combined ones, the other
-// the second, both from best[0] on. `first` and `count` keep track of which, and how many, a lane holds.
-template <bool kCareful, int kCount, int kSize>
-MPMA_DEVICE void halve(Best (&best)[kSize], int bit, int& first, int& count) {
-  constexpr int kHalf = (kCount + 1) / 2;
+// A step of a reduction over lanes in which the work is halved with every step: two lanes that differ in `bit` of their
+// number have a maximum each of two things; the one without the bit gets the combined one of the first, the other of the
+// second.
+template <bool kCareful>
+MPMA_DEVICE Best halve(const Best& first, const Best& second, int bit) {
   const bool upper = (lane_index() & bit) != 0;
-  MPMA_UNROLL
-  for (int i = 0; i < kHalf; ++i) {
-    const int j = i + kHalf < kCount ? i + kHalf : i;  // an odd one out is combined in both lanes
-    const Best kept = upper ? best[j] : best[i], given = upper ? best[i] : best[j];
-    const Best other = {shuffle_xor(given.value, bit), shuffle_xor(given.index, bit)};
-    best[i] = better_of<kCareful>(kept, other);
-  }
-  first += upper ? kHalf : 0;
-  const int rest = count - kHalf;
-  count = upper ? (rest > 0 ? rest : 0) : (count < kHalf ? count : kHalf);
+  const Best kept = upper ? second : first, given = upper ? first : second;
+  return better_of<kCareful>(kept, {shuffle_xor(given.value, bit), shuffle_xor(given.index, bit)});
 }
 
-// A bit for each row (2 kM of them) or column (2 kN) of a lane.
+// Which of a lane's rows or columns are left to it.
+struct Left {
+  int first, count;
+
+  MPMA_DEVICE void halve(int half, int bit) {
+    const bool upper = (lane_index() & bit) != 0;
+    const int rest = count > half ? count - half : 0;
+    first += upper ? half : 0;
+    count = upper ? rest : (count < half ? count : half);
+  }
+};
+
+// The same for kCount maxima of each lane: the first half of them or the second, from best[0] on.
+template <bool kCareful, int kCount, int kSize>
+MPMA_DEVICE void halve(Best (&best)[kSize], int bit, Left& left) {
+  constexpr int kHalf = (kCount + 1) / 2;
+  MPMA_UNROLL
+  for (int i = 0; i < kHalf; ++i)  // an odd one out is combined in both lanes
+    best[i] = halve<kCareful>(best[i], best[i + kHalf < kCount ? i + kHalf : i], bit);
+  left.halve(kHalf, bit);
+}
+
+// A lane's rows (2 kM of them) and columns (2 kN) by number, a bit each in a mask.
 MPMA_DEVICE int row_slot(int row) { return row / 16 * 2 + row / 8 % 2; }
 MPMA_DEVICE int column_slot(int column) { return column / 8 * 2 + column % 2; }
 MPMA_DEVICE int row_of_slot(int slot) { return slot / 2 * 16 + slot % 2 * 8 + lane_index() / 4; }
 MPMA_DEVICE int column_of_slot(int slot) { return slot / 2 * 8 + slot % 2 + lane_index() % 4 * 2; }
 
-// The maxima of a lane's rows over all the warp's columns: best[0] and best[1], of slots `first` and first + 1. With
-// kCareful only over columns whose bit is set in `columns`.
+// The maximum of what this lane holds of a row; with kCareful only over the columns whose bit is set.
 template <bool kCareful, int kN>
-MPMA_DEVICE void best_of_rows(const Accumulator<4, kN>& scores, uint32_t columns, Best (&best)[8], int& first) {
+MPMA_DEVICE Best best_of_row(const Accumulator<4, kN>& scores, int slot, uint32_t columns) {
+  Best best = kCareful ? no_best() : Best{scores.sum[slot / 2][0].value[slot % 2 * 2], 0};
   MPMA_UNROLL
-  for (int slot = 0; slot < 8; ++slot) {
-    Best b = kCareful ? no_best() : Best{scores.sum[slot / 2][0].value[slot % 2 * 2], 0};
-    MPMA_UNROLL
-    for (int i = 0; i < 2 * kN; ++i) {
-      const Best x = {scores.sum[slot / 2][i / 2].value[slot % 2 * 2 + i % 2], i / 2 * 8 + i % 2};
-      if constexpr (kCareful) {
-        if ((columns >> i & 1) != 0) b = better_of<true>(b, x);
-      } else {
-        if (x.value > b.value) b = x;
-      }
+  for (int i = 0; i < 2 * kN; ++i) {
+    const Best x = {scores.sum[slot / 2][i / 2].value[slot % 2 * 2 + i % 2], i / 2 * 8 + i % 2};
+    if constexpr (kCareful) {
+      if ((columns >> i & 1) != 0) best = better_of<true>(best, x);
+    } else {
+      if (x.value > best.value) best = x;
     }
-    if (b.index != kNowhere) b.index += lane_index() % 4 * 2;
-    best[slot] = b;
   }
-  int count = 8;
-  first = 0;
-  halve<kCareful, 8>(best, 1, first, count);
-  halve<kCareful, 4>(best, 2, first, count);
+  if (best.index != kNowhere) best.index += lane_index() % 4 * 2;
+  return best;
 }
 
-// The maxima of a lane's columns over all the warp's rows: `count` (up to 2) of them, from slot `first` on. With kCareful
-// only over rows whose bit is set in `rows`.
+// The same of a column, over the rows whose bit is set.
 template <bool kCareful, int kN>
-MPMA_DEVICE void best_of_columns(
-    const Accumulator<4, kN>& scores, uint32_t rows, Best (&best)[2 * kN], int& first, int& count) {
+MPMA_DEVICE Best best_of_column(const Accumulator<4, kN>& scores, int slot, uint32_t rows) {
+  Best best = kCareful ? no_best() : Best{scores.sum[0][slot / 2].value[slot % 2], 0};
   MPMA_UNROLL
-  for (int slot = 0; slot < 2 * kN; ++slot) {
-    Best b = kCareful ? no_best() : Best{scores.sum[0][slot / 2].value[slot % 2], 0};
-    MPMA_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      const Best x = {scores.sum[i / 2][slot / 2].value[i % 2 * 2 + slot % 2], i / 2 * 16 + i % 2 * 8};
-      if constexpr (kCareful) {
-        if ((rows >> i & 1) != 0) b = better_of<true>(b, x);
-      } else {
-        if (x.value > b.value) b = x;
-      }
+  for (int i = 0; i < 8; ++i) {
+    const Best x = {scores.sum[i / 2][slot / 2].value[i % 2 * 2 + slot % 2], i / 2 * 16 + i % 2 * 8};
+    if constexpr (kCareful) {
+      if ((rows >> i & 1) != 0) best = better_of<true>(best, x);
+    } else {
+      if (x.value > best.value) best = x;
     }
-    if (b.index != kNowhere) b.index += lane_index() / 4;
-    best[slot] = b;
   }
-  count = 2 * kN;
-  first = 0;
-  constexpr int kHalf = kN, kQuarter = (kHalf + 1) / 2;
-  halve<kCareful, 2 * kN>(best, 4, first, count);
-  halve<kCareful, kHalf>(best, 8, first, count);
-  halve<kCareful, kQuarter>(best, 16, first, count);
+  if (best.index != kNowhere) best.index += lane_index() / 4;
+  return best;
+}
+
+// The maxima of rows over all the warp's columns: a lane gets those of the two slots `left`, in best[0] and best[1].
+template <bool kCareful, int kN>
+MPMA_DEVICE Left best_of_rows(const Accumulator<4, kN>& scores, uint32_t columns, Best (&best)[4]) {
+  Left left = {0, 8};
+  MPMA_UNROLL
+  for (int i = 0; i < 4; ++i)  // at once, so that fewer are alive
+    best[i] = halve<kCareful>(
+        best_of_row<kCareful>(scores, i, columns), best_of_row<kCareful>(scores, i + 4, columns), 1);
+  left.halve(4, 1);
+  halve<kCareful, 4>(best, 2, left);
+  return left;
+}
+
+// The maxima of columns over all the warp's rows: a lane gets those of the slots `left`, up to two.
+template <bool kCareful, int kN>
+MPMA_DEVICE Left best_of_columns(const Accumulator<4, kN>& scores, uint32_t rows, Best (&best)[kN]) {
+  Left left = {0, 2 * kN};
+  MPMA_UNROLL
+  for (int i = 0; i < kN; ++i)
+    best[i] = halve<kCareful>(
+        best_of_column<kCareful>(scores, i, rows), best_of_column<kCareful>(scores, i + kN, rows), 4);
+  left.halve(kN, 4);
+  halve<kCareful, kN>(best, 8, left);
+  halve<kCareful, (kN + 1) / 2>(best, 16, left);
+  return left;
 }
 
 }  // namespace mpma::cuda::max_similarity

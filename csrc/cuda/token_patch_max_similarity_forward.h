@@ -7,89 +7,50 @@
 #pragma once
 
 #include "cuda/launch.h"
-#include "cuda/max_similarity_best.h"
-#include "cuda/max_similarity_side.h"
-#include "cuda/shared_memory.h"
+#include "cuda/token_patch_max_similarity_means.h"
 
 namespace mpma::cuda::max_similarity {
 
-template <class T>
-struct ForwardArguments {
-  Side<T> tokens, patches;
-  int width;
-  bool aligned;           // rows begin at 16-byte boundaries and are a multiple of 16 bytes long
-  float *to_patches, *to_tokens;        // (reports, images)
-  int32_t *patch_index, *token_index;   // (reports, images, T) and (reports, images, P)
-  float* of_patch;                      // (reports, images, P), workspace for reports of several tiles
-  int log_row_warps, log_column_warps;  // of a report, of an image: 0 or 1
+// A warp's part of a tile.
+struct Part {
+  uint32_t real_rows, real_columns;  // of this lane's
+  int first_row, first_column;       // within the report and the image
+  int row_at, column_at;             // within the tile
+  int row_warp, column_warp;
 };
 
-constexpr int kRowWarps = 2, kColumnWarps = 2, kForwardThreads = 32 * kRowWarps * kColumnWarps;
-constexpr int kRowSegment = 64, kRows = kRowSegment * kRowWarps;
-constexpr int kStages = 3;
+// Leaves the maxima of a warp's scores in shared memory. True where a maximum is as low as what is hidden.
+template <bool kCareful, class T, int kN>
+MPMA_DEVICE bool reduce_scores(const Accumulator<4, kN>& scores, const Part& part, const ForwardLayout<T, kN>& layout) {
+  bool low = false;
+  {
+    Best best[4];
+    const Left left = best_of_rows<kCareful>(scores, part.real_columns, best);
+    MPMA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const bool found = (part.real_rows >> (left.first + i) & 1) != 0 && best[i].index != kNowhere;
+      const int at = part.column_warp * kRows + part.row_at + row_of_slot(left.first + i);
+      layout.row_value[at] = best[i].value;
+      layout.row_index[at] = found ? part.first_column + best[i].index : kNowhere;
+      low |= found && best[i].value <= kHidden;
+    }
+  }
+  Best best[kN];
+  const Left left = best_of_columns<kCareful>(scores, part.real_rows, best);
+  MPMA_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    if (i >= left.count) break;
+    const bool found = (part.real_columns >> (left.first + i) & 1) != 0 && best[i].index != kNowhere;
+    const int at = part.row_warp * ForwardLayout<T, kN>::kColumns + part.column_at + column_of_slot(left.first + i);
+    layout.column_value[at] = best[i].value;
+    layout.column_index[at] = found ? part.first_row + best[i].index : kNowhere;
+    low |= found && best[i].value <= kHidden;
+  }
+  return low;
+}
 
 template <class T, int kN>
-struct ForwardLayout {
-  static constexpr int kDepth = 64 / sizeof(T), kSegment = 8 * kN, kColumns = kSegment * kColumnWarps;
-  using TileA = Tile<T, kRows, kDepth>;
-  using TileB = Tile<T, kColumns, kDepth>;
-  T *a_buffers, *b_buffers;
-  // Of each row by each of its warps, of each column by each of its warps; at the end sums and counts.
-  float *row_value, *column_value;  // (kColumnWarps, kRows), (kRowWarps, kColumns)
-  int *row_index, *column_index;
-
-  explicit MPMA_HOST_DEVICE ForwardLayout(SharedMemory& memory)
-      : a_buffers(memory.take<T>(kStages * TileA::kSize)), b_buffers(memory.take<T>(kStages * TileB::kSize)),
-        row_value(memory.take<float>(kColumnWarps * kRows)), column_value(memory.take<float>(kRowWarps * kColumns)),
-        row_index(memory.take<int>(kColumnWarps * kRows)), column_index(memory.take<int>(kRowWarps * kColumns)) {}
-
-  MPMA_DEVICE TileA a(int buffer) const { return {a_buffers + buffer * TileA::kSize}; }
-  MPMA_DEVICE TileB b(int buffer) const { return {b_buffers + buffer * TileB::kSize}; }
-  MPMA_DEVICE Best row_best(int warp, int row) const {
-    return {row_value[warp * kRows + row], row_index[warp * kRows + row]};
-  }
-  MPMA_DEVICE Best column_best(int warp, int column) const {
-    return {column_value[warp * kColumns + column], column_index[warp * kColumns + column]};
-  }
-};
-
-// What a block works on.
-struct Tiles {
-  int64_t first_report, first_image;
-  int rows, columns;              // of a tile that belong to one report, to one image
-  int row_tiles, column_tiles;    // of the reports, of the images
-
-  // Blocks that run together share their operands: images by images within a band of 16 blocks of reports.
-  template <class T, int kSegment>
-  static MPMA_DEVICE Tiles of_block(const ForwardArguments<T>& g) {
-    const int reports = kRowWarps >> g.log_row_warps, images = kColumnWarps >> g.log_column_warps;
-    const int64_t report_blocks = (g.tokens.items + reports - 1) / reports;
-    const int64_t image_blocks = (g.patches.items + images - 1) / images;
-    const int64_t band = block_x() / (16 * image_blocks), rest = block_x() % (16 * image_blocks);
-    const int64_t left = report_blocks - 16 * band, in_band = left < 16 ? left : 16;
-    Tiles t;
-    t.first_report = (16 * band + rest % in_band) * reports;
-    t.first_image = rest / in_band * images;
-    t.rows = kRowSegment << g.log_row_warps;
-    t.columns = kSegment << g.log_column_warps;
-    // At least one, so that the results of empty operands are written.
-    t.row_tiles = g.tokens.length > t.rows ? (g.tokens.length + t.rows - 1) / t.rows : 1;
-    t.column_tiles = g.patches.length > t.columns ? (g.patches.length + t.columns - 1) / t.columns : 1;
-    return t;
-  }
-};
-
-// Leaves the maxima of a warp's scores in shared memory.
-template <class T, int kN>
-MPMA_DEVICE void reduce_scores(
-    const Accumulator<4, kN>& scores, uint32_t real_rows, uint32_t real_columns, int first_row, int first_column,
-    int row_at, int column_at, const ForwardLayout<T, kN>& layout, int row_warp, int column_warp) {
-  using Layout = ForwardLayout<T, kN>;
-  const bool some = warp_any(real_rows != 0) && warp_any(real_columns != 0);
-  Best rows[8], columns[2 * kN];
-  int row_slot0 = 0, column_slot0 = 0, column_count = 0;
-  best_of_rows<false>(scores, real_columns, rows, row_slot0);
-  best_of_columns<false>(scores, real_rows, columns, column_slot0, column_count);
+MPMA_DEVICE void reduce_tile(const Accumulator<4, kN>& scores, const Part& part, const ForwardLayout<T, kN>& layout) {
   float finite = 0.f;  // becomes NaN where a score is NaN or infinite
   MPMA_UNROLL
   for (int m = 0; m < 4; ++m)
@@ -97,144 +58,8 @@ MPMA_DEVICE void reduce_scores(
     for (int n = 0; n < kN; ++n)
       MPMA_UNROLL
       for (int i = 0; i < 4; ++i) finite = fma_rn(scores.sum[m][n].value[i], 0.f, finite);
-  bool careful = finite != 0.f;
-  MPMA_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    careful |= (real_rows >> (row_slot0 + i) & 1) != 0 && rows[i].value <= kHidden;
-    careful |= i < column_count && (real_columns >> (column_slot0 + i) & 1) != 0 && columns[i].value <= kHidden;
-  }
-  if (warp_any(some && careful)) {
-    best_of_rows<true>(scores, real_columns, rows, row_slot0);
-    best_of_columns<true>(scores, real_rows, columns, column_slot0, column_count);
-  }
-  MPMA_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    const bool found = some && (real_rows >> (row_slot0 + i) & 1) != 0 && rows[i].index != kNowhere;
-    const int at = column_warp * kRows + row_at + row_of_slot(row_slot0 + i);
-    layout.row_value[at] = rows[i].value;
-    layout.row_index[at] = found ? first_column + rows[i].index : kNowhere;
-  }
-  MPMA_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    if (i >= column_count) break;
-    const bool found = some && (real_columns >> (column_slot0 + i) & 1) != 0 && columns[i].index != kNowhere;
-    const int at = row_warp * Layout::kColumns + column_at + column_of_slot(column_slot0 + i);
-    layout.column_value[at] = columns[i].value;
-    layout.column_index[at] = found ? first_row + columns[i].index : kNowhere;
-  }
-}
-
-// What a thread gathers of one tile row, for each image of the block.
-template <class T, int kN>
-struct RowSums {
-  Best running = no_best();  // over the tiles of an image that has several
-  float sum[kColumnWarps] = {};
-  int real = 0;
-
-  MPMA_DEVICE void gather(
-      const ForwardArguments<T>& g, const Tiles& tiles, const ForwardLayout<T, kN>& layout, int row_tile,
-      int column_tile) {
-    const int row = thread_index();
-    if (row >= kRows) return;
-    const Place at = place<kRowSegment>(row, tiles.first_report, row_tile * tiles.rows, g.log_row_warps);
-    const bool last = column_tile + 1 == tiles.column_tiles;
-    MPMA_UNROLL
-    for (int i = 0; i < kColumnWarps; ++i) {
-      if (i >= kColumnWarps >> g.log_column_warps) break;
-      Best best = i == 0 && column_tile > 0 ? running : no_best();
-      for (int warp = i << g.log_column_warps; warp < (i + 1) << g.log_column_warps; ++warp)
-        best = better_of<true>(best, layout.row_best(warp, row));
-      if (i == 0) running = best;
-      const int64_t image = tiles.first_image + i;
-      if (!last || !g.tokens.within(at.item, at.row) || image >= g.patches.items) continue;
-      const bool found = best.index != kNowhere;
-      g.patch_index[(at.item * g.patches.items + image) * g.tokens.length + at.row] = found ? best.index : 0;
-      if (found) sum[i] += best.value;
-    }
-    if (last) real += g.tokens.real(at.item, at.row);
-  }
-};
-
-// What a thread gathers of one tile column, for each report of the block.
-template <class T, int kN>
-struct ColumnSums {
-  float sum[kRowWarps] = {};
-  int real = 0;
-
-  MPMA_DEVICE void gather(
-      const ForwardArguments<T>& g, const Tiles& tiles, const ForwardLayout<T, kN>& layout, int row_tile,
-      int column_tile) {
-    constexpr int kSegment = ForwardLayout<T, kN>::kSegment;
-    const int column = thread_index();
-    if (column >= ForwardLayout<T, kN>::kColumns) return;
-    const Place at = place<kSegment>(column, tiles.first_image, column_tile * tiles.columns, g.log_column_warps);
-    if (!g.patches.within(at.item, at.row)) return;
-    const bool last = row_tile + 1 == tiles.row_tiles;
-    MPMA_UNROLL
-    for (int i = 0; i < kRowWarps; ++i) {
-      if (i >= kRowWarps >> g.log_row_warps) break;
-      const int64_t report = tiles.first_report + i;
-      if (report >= g.tokens.items) break;
-      const int64_t out = (report * g.patches.items + at.item) * g.patches.length + at.row;
-      Best best = no_best();
-      if (row_tile > 0) best = {g.of_patch[out], g.token_index[out]};
-      for (int warp = i << g.log_row_warps; warp < (i + 1) << g.log_row_warps; ++warp)
-        best = better_of<true>(best, layout.column_best(warp, column));
-      const bool found = best.index != kNowhere;
-      g.token_index[out] = found || !last ? best.index : 0;
-      if (!last)
-        g.of_patch[out] = best.value;
-      else if (found)
-        sum[i] += best.value;
-    }
-    if (last) real += g.patches.real(at.item, at.row);
-  }
-};
-
-// The means of all pairs of the block, a warp each.
-template <class T, int kN>
-MPMA_DEVICE void write_means(
-    const ForwardArguments<T>& g, const Tiles& tiles, const ForwardLayout<T, kN>& layout, const RowSums<T, kN>& rows,
-    const ColumnSums<T, kN>& columns) {
-  constexpr int kColumns = ForwardLayout<T, kN>::kColumns;
-  barrier();  // the maxima have been read
-  const int thread = thread_index();
-  if (thread < kRows) {
-    MPMA_UNROLL
-    for (int i = 0; i < kColumnWarps; ++i) layout.row_value[i * kRows + thread] = rows.sum[i];
-    layout.row_index[thread] = rows.real;
-  }
-  if (thread < kColumns) {
-    MPMA_UNROLL
-    for (int i = 0; i < kRowWarps; ++i) layout.column_value[i * kColumns + thread] = columns.sum[i];
-    layout.column_index[thread] = columns.real;
-  }
-  barrier();
-  const int reports = kRowWarps >> g.log_row_warps, images = kColumnWarps >> g.log_column_warps;
-  for (int pair = warp_index(); pair < reports * images; pair += warp_count()) {
-    const int report = pair / images, image = pair % images;
-    float token_sum = 0.f, patch_sum = 0.f;
-    int tokens = 0, patches = 0;
-    for (int i = report * tiles.rows + lane_index(); i < (report + 1) * tiles.rows; i += kWarp) {
-      token_sum += layout.row_value[image * kRows + i];
-      tokens += layout.row_index[i];
-    }
-    for (int i = image * tiles.columns + lane_index(); i < (image + 1) * tiles.columns; i += kWarp) {
-      patch_sum += layout.column_value[report * kColumns + i];
-      patches += layout.column_index[i];
-    }
-    for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-      token_sum += shuffle_xor(token_sum, lanes);
-      patch_sum += shuffle_xor(patch_sum, lanes);
-      tokens += shuffle_xor(tokens, lanes);
-      patches += shuffle_xor(patches, lanes);
-    }
-    const int64_t j = tiles.first_report + report, i = tiles.first_image + image;
-    if (lane_index() == 0 && j < g.tokens.items && i < g.patches.items) {
-      g.to_patches[j * g.patches.items + i] = divide_rn(token_sum, static_cast<float>(tokens > 0 ? tokens : 1));
-      g.to_tokens[j * g.patches.items + i] = divide_rn(patch_sum, static_cast<float>(patches > 0 ? patches : 1));
-    }
-  }
+  const bool low = reduce_scores<false>(scores, part, layout);
+  if (warp_any(low || finite != 0.f)) reduce_scores<true>(scores, part, layout);
 }
 
 template <class T, int kN>
@@ -278,17 +103,20 @@ forward_kernel(ForwardArguments<T> g) {
   for (int row_tile = 0; row_tile < tiles.row_tiles; ++row_tile) {
     for (int column_tile = 0; column_tile < tiles.column_tiles; ++column_tile) {
       const Place row0 = place<kRowSegment>(row_at, tiles.first_report, row_tile * tiles.rows, g.log_row_warps);
-      const Place column0 = place<kSegment>(column_at, tiles.first_image, column_tile * tiles.columns, g.log_column_warps);
-      uint32_t real_rows = 0, real_columns = 0;
+      const Place column0 =
+          place<kSegment>(column_at, tiles.first_image, column_tile * tiles.columns, g.log_column_warps);
+      Part part = {0, 0, row0.row, column0.row, row_at, column_at, row_warp, column_warp};
       MPMA_UNROLL
       for (int i = 0; i < 8; ++i)
-        real_rows |= static_cast<uint32_t>(g.tokens.real(row0.item, row0.row + row_of_slot(i))) << i;
+        part.real_rows |= static_cast<uint32_t>(g.tokens.real(row0.item, row0.row + row_of_slot(i))) << i;
       MPMA_UNROLL
       for (int i = 0; i < 2 * kN; ++i)
-        real_columns |= static_cast<uint32_t>(g.patches.real(column0.item, column0.row + column_of_slot(i))) << i;
+        part.real_columns |= static_cast<uint32_t>(g.patches.real(column0.item, column0.row + column_of_slot(i))) << i;
+      // A pair with nothing real on a side has nothing to look at.
+      if (!warp_any(part.real_rows != 0) || !warp_any(part.real_columns != 0)) part.real_rows = part.real_columns = 0;
       Accumulator<4, kN> scores;
       scores.for_each([&](int row, int column, float& x) {
-        x = (real_rows >> row_slot(row) & real_columns >> column_slot(column) & 1) != 0 ? 0.f : kHidden;
+        x = (part.real_rows >> row_slot(row) & part.real_columns >> column_slot(column) & 1) != 0 ? 0.f : kHidden;
       });
       for (int depth = 0; depth < depth_steps; ++depth) {
         cp_async_wait<kStages - 2>();
@@ -298,8 +126,7 @@ forward_kernel(ForwardArguments<T> g) {
         buffer = buffer + 1 < kStages ? buffer + 1 : 0;
       }
       // The barriers of the next tile's product lie between this tile's reading and that one's writing of maxima.
-      reduce_scores(
-          scores, real_rows, real_columns, row0.row, column0.row, row_at, column_at, layout, row_warp, column_warp);
+      reduce_tile(scores, part, layout);
       barrier();
       row_sums.gather(g, tiles, layout, row_tile, column_tile);
       column_sums.gather(g, tiles, layout, row_tile, column_tile);
