@@ -27,6 +27,11 @@ struct DenseLayout {
 
   MPMA_DEVICE Owned owned(int i) const { return {owned_ + i * Owned::kSize}; }
   MPMA_DEVICE Stream stream(int buffer, int i) const { return {stream_ + (2 * buffer + i) * Stream::kSize}; }
+  // Two numbers that go with a streamed row, in the 16 bytes by which rows are longer than their elements.
+  MPMA_DEVICE float* statistics(int buffer, int row) const {
+    static_assert(Stream::kStride > kWidth, "a row has room for them");
+    return reinterpret_cast<float*>(&stream(buffer, 0)(row, kWidth));
+  }
 };
 
 // Loads the rows of a head from `first` on that are below `count`.
