@@ -50,6 +50,7 @@ MPMA_DEVICE void multiply_rows(
   if constexpr (kIsHalf<T>) {
     multiply(c, by_rows(a, row), by_rows(b), kWidth);
   } else {
+    MPMA_NO_UNROLL
     for (int k = 0; k < kWidth; k += 4) {
       Bytes16 left[2];
       MPMA_UNROLL
