@@ -27,6 +27,8 @@ if BACKEND == "triton" and DEVICE == "cpu":
 # What the kernels for GPUs serve: head widths, and slots that are kept of a bank.
 WIDEST_HEAD, MOST_KEPT = (10**6, 10**6) if BACKEND == "cpu" else (128, 64)
 
+INTERPRETED = BACKEND == "triton" and DEVICE == "cpu"  # a thousand times slower: small shapes
+
 cpu_only = pytest.mark.skipif(BACKEND != "cpu", reason="of the compiled CPU kernels alone")
 
 
