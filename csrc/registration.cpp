@@ -7,6 +7,8 @@
 
 #include <string>
 
+#include "cpu/isa.h"
+
 namespace {
 
 // An operator and its backward. One dispatch key cannot hold both a compiled and a Triton kernel, so that each exists a
@@ -79,9 +81,20 @@ STABLE_TORCH_LIBRARY(mpma, m) {
       " bool need_patches) -> (Tensor, Tensor)");
 }
 
+namespace {
+
+PyObject* cpu_instructions(PyObject*, PyObject*) { return PyUnicode_FromString(mpma::name_of(mpma::fastest_isa())); }
+
+PyMethodDef methods[] = {
+    {"cpu_instructions", cpu_instructions, METH_NOARGS, "The instruction set that the CPU kernels use here."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
 // `import mpma_ext._C` loads the library, whose static initialisers register everything above.
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef module = {
-      PyModuleDef_HEAD_INIT, "_C", "MPMA's compiled operators", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+      PyModuleDef_HEAD_INIT, "_C", "MPMA's compiled operators", -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

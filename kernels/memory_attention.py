@@ -32,8 +32,8 @@ from mpma_ext.kernels.memory_attention_tiles import (
 if TYPE_CHECKING:
     from mpma_ext.kernels.compile import Case
 
-# Rows times heads of which candidates are held at a time: 64 or 128 MiB.
-CANDIDATE_ROWS = 2**17
+# Rows times heads of which candidates are held at a time: 32 or 64 MiB.
+CANDIDATE_ROWS = 2**16
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -47,7 +47,6 @@ def _dense(
     rows,
     slots,
     heads,
-    width,
     query_row,
     query_head,
     key_slot,
@@ -57,6 +56,7 @@ def _dense(
     scale,
     threshold: tl.uint32,
     kept_scale,
+    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -66,15 +66,15 @@ def _dense(
     head, first_row = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_M
     row = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
     query, key = of_head(query, head, query_head), of_head(key, head, key_head)
-    value, output = of_head(value, head, value_head), of_head(output, head, width)
-    q = load_rows(query, first_row, query_row, row < rows, width, BLOCK_D)
+    value, output = of_head(value, head, value_head), of_head(output, head, WIDTH)
+    q = load_rows(query, first_row, query_row, row < rows, WIDTH, BLOCK_D)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     base = top
     for first in range(0, slots, BLOCK_N):
         real = first + tl.arange(0, BLOCK_N) < slots
-        k = load_rows(key, first, key_slot, real, width, BLOCK_D)
+        k = load_rows(key, first, key_slot, real, WIDTH, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         scores = tl.where(real[None], scores, -float("inf"))
         highest = tl.maximum(top, tl.max(scores, 1))
@@ -85,12 +85,12 @@ def _dense(
         if seed is not None:
             keep = keep_tile(seed, threshold, row, head, first, BLOCK_N)
             weights = tl.where(keep, weights, 0.0)
-        v = load_rows(value, first, value_slot, real, width, BLOCK_D)
+        v = load_rows(value, first, value_slot, real, WIDTH, BLOCK_D)
         mixed = mixed * shrink[:, None]
         mixed = tl.dot(weights.to(v.dtype), v, mixed, input_precision=PRECISION)
         top = highest
     mixed = mixed * (kept_scale / total)[:, None]
-    store_rows(output, first_row, heads * width, row < rows, mixed, width, BLOCK_D)
+    store_rows(output, first_row, heads * WIDTH, row < rows, mixed, WIDTH, BLOCK_D)
     tl.store(logsumexp + row * heads + head, base + tl.log(total), mask=row < rows)
 
 
@@ -135,7 +135,7 @@ def _attend_to_all(operands, scale, dropout, output, logsumexp) -> None:
         rows=rows,
         slots=operands["key"].shape[0],
         heads=heads,
-        width=width,
+        WIDTH=width,
         BLOCK_D=block_d(width),
         scale=scale,
         PRECISION=precision(),

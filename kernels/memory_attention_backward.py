@@ -50,11 +50,11 @@ def _delta(
     delta,  # (rows, heads)
     rows,
     heads,
-    width,
     grad_output_row,
     grad_output_head,
     output_row,
     output_head,
+    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -62,8 +62,8 @@ def _delta(
     head, first_row = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_M
     row = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
     g, o = of_head(grad_output, head, grad_output_head), of_head(output, head, output_head)
-    g = load_rows(g, first_row, grad_output_row, row < rows, width, BLOCK_D).to(tl.float32)
-    o = load_rows(o, first_row, output_row, row < rows, width, BLOCK_D).to(tl.float32)
+    g = load_rows(g, first_row, grad_output_row, row < rows, WIDTH, BLOCK_D).to(tl.float32)
+    o = load_rows(o, first_row, output_row, row < rows, WIDTH, BLOCK_D).to(tl.float32)
     tl.store(delta + row * heads + head, tl.sum(g * o, 1), mask=row < rows)
 
 
@@ -80,7 +80,6 @@ def _dense_rows(
     rows,
     slots,
     heads,
-    width,
     grad_output_row,
     grad_output_head,
     query_row,
@@ -92,6 +91,7 @@ def _dense_rows(
     scale,
     threshold: tl.uint32,
     kept_scale,
+    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -104,15 +104,15 @@ def _dense_rows(
     query, key = of_head(query, head, query_head), of_head(key, head, key_head)
     value = of_head(value, head, value_head)
     grad_output = of_head(grad_output, head, grad_output_head)
-    q = load_rows(query, first_row, query_row, real_row, width, BLOCK_D)
-    g = load_rows(grad_output, first_row, grad_output_row, real_row, width, BLOCK_D)
+    q = load_rows(query, first_row, query_row, real_row, WIDTH, BLOCK_D)
+    g = load_rows(grad_output, first_row, grad_output_row, real_row, WIDTH, BLOCK_D)
     statistic = tl.load(logsumexp + row * heads + head, mask=real_row, other=0)[:, None]
     own_delta = tl.load(delta + row * heads + head, mask=real_row, other=0)[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in range(0, slots, BLOCK_N):
         real = first + tl.arange(0, BLOCK_N) < slots
-        k = load_rows(key, first, key_slot, real, width, BLOCK_D)
-        v = load_rows(value, first, value_slot, real, width, BLOCK_D)
+        k = load_rows(key, first, key_slot, real, WIDTH, BLOCK_D)
+        v = load_rows(value, first, value_slot, real, WIDTH, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         weights = tl.where(real[None], tl.exp(scores - statistic), 0.0)
         grad_weights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
@@ -121,8 +121,8 @@ def _dense_rows(
             grad_weights = tl.where(keep, grad_weights * kept_scale, 0.0)
         grad_scores = weights * (grad_weights - own_delta) * scale
         total = tl.dot(grad_scores.to(k.dtype), k, total, input_precision=PRECISION)
-    grad_query = of_head(grad_query, head, width)
-    store_rows(grad_query, first_row, heads * width, real_row, total, width, BLOCK_D)
+    grad_query = of_head(grad_query, head, WIDTH)
+    store_rows(grad_query, first_row, heads * WIDTH, real_row, total, WIDTH, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "share"])
@@ -140,7 +140,6 @@ def _dense_slots(
     share,  # rows a program sums over
     slots,
     heads,
-    width,
     grad_output_row,
     grad_output_head,
     query_row,
@@ -152,6 +151,7 @@ def _dense_slots(
     scale,
     threshold: tl.uint32,
     kept_scale,
+    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -164,15 +164,15 @@ def _dense_slots(
     query, key = of_head(query, head, query_head), of_head(key, head, key_head)
     value = of_head(value, head, value_head)
     grad_output = of_head(grad_output, head, grad_output_head)
-    k = load_rows(key, first, key_slot, real, width, BLOCK_D)
-    v = load_rows(value, first, value_slot, real, width, BLOCK_D)
+    k = load_rows(key, first, key_slot, real, WIDTH, BLOCK_D)
+    v = load_rows(value, first, value_slot, real, WIDTH, BLOCK_D)
     key_total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     value_total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for first_row in range(part * share, tl.minimum(part * share + share, rows), BLOCK_M):
         row = tl.cast(first_row, tl.int64) + tl.arange(0, BLOCK_M)
         real_row = row < rows
-        q = load_rows(query, first_row, query_row, real_row, width, BLOCK_D)
-        g = load_rows(grad_output, first_row, grad_output_row, real_row, width, BLOCK_D)
+        q = load_rows(query, first_row, query_row, real_row, WIDTH, BLOCK_D)
+        g = load_rows(grad_output, first_row, grad_output_row, real_row, WIDTH, BLOCK_D)
         place = row * heads + head
         # Rows that are not there weigh nothing.
         statistic = tl.load(logsumexp + place, mask=real_row, other=float("inf"))[None]
@@ -193,13 +193,13 @@ def _dense_slots(
         if grad_key is not None:
             grad_scores = weights * (grad_weights - own_delta) * scale
             key_total = tl.dot(grad_scores.to(q.dtype), q, key_total, input_precision=PRECISION)
-    by_part = part.to(tl.int64) * slots * heads * width
+    by_part = part.to(tl.int64) * slots * heads * WIDTH
     if grad_key is not None:
-        place = of_head(grad_key, head, width) + by_part
-        store_rows(place, first, heads * width, real, key_total, width, BLOCK_D)
+        place = of_head(grad_key, head, WIDTH) + by_part
+        store_rows(place, first, heads * WIDTH, real, key_total, WIDTH, BLOCK_D)
     if grad_value is not None:
-        place = of_head(grad_value, head, width) + by_part
-        store_rows(place, first, heads * width, real, value_total, width, BLOCK_D)
+        place = of_head(grad_value, head, WIDTH) + by_part
+        store_rows(place, first, heads * WIDTH, real, value_total, WIDTH, BLOCK_D)
 
 
 def memory_attention_backward(
@@ -240,7 +240,7 @@ def _gradients(operands, dropout, need_query, need_key, need_value) -> list[torc
     query, slots = operands["query"], operands["key"].shape[0]
     rows, heads, width = query.shape
     D = block_d(width)
-    sizes = {"rows": rows, "heads": heads, "width": width, "BLOCK_D": D}
+    sizes = {"rows": rows, "heads": heads, "WIDTH": width, "BLOCK_D": D}
     delta = torch.empty_like(operands["logsumexp"])
     row = launch(STEM, "_delta", query, str(D))
     _delta[(triton.cdiv(rows, row["BLOCK_M"]) * heads,)](
@@ -277,5 +277,7 @@ def compile_cases() -> "Iterator[Case]":
     """Every kernel of the backward in every row of the table, all gradients needed."""
     yield from cases(_delta, {"": {}}, uses_dot=False)
     yield from cases(_dense_rows, DROPOUT_VARIANTS)
-    yield from cases(_dense_slots, DROPOUT_VARIANTS)
+    in_parts = dict.fromkeys(("grad_key", "grad_value"), torch.float32)
+    yield from cases(_dense_slots, {n: v | in_parts for n, v in DROPOUT_VARIANTS.items()})
+    yield from cases(_dense_slots, {" dropout one part": {}})
     yield from memory_attention_topk_backward.compile_cases()

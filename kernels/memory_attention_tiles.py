@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 STEM = "memory_attention"
 LARGEST_TILE = 256  # rows
-# Kernels are compiled once whatever these are: the batch changes from step to step.
-NOT_SPECIALIZED = ["rows", "first", "threshold"]
+# Kernels are compiled once whatever these are: the batch changes from step to step. The width is a
+# constant, which saves registers.
+NOT_SPECIALIZED = ["rows", "first", "slots", "heads", "topk", "threshold"]
 # What is compiled: without a seed and with one.
 DROPOUT_VARIANTS = {"": {"seed": None}, " dropout": {}}
 
@@ -196,7 +197,7 @@ def _launched(names: Iterable[str], dtype: torch.dtype, bucket: str) -> dict[str
     values |= dict.fromkeys(("counts", "indices"), torch.int32)
     values |= dict.fromkeys(("logsumexp", "delta", "coefficients"), torch.float32)
     values |= {"rows": 12800, "first": 0, "share": 12800, "slots": 2048, "heads": 12}
-    values |= {"width": width, "topk": best, "scale": width**-0.5}
+    values |= {"WIDTH": width, "topk": best, "scale": width**-0.5}
     values |= {"threshold": 2**29, "kept_scale": 1.25, "PRECISION": "tf32x3"}
     values |= {"BLOCK_D": width, "CAPACITY": 2 * best, "BLOCK_K": best}
     values |= {name: 12 * width for name in names if name.endswith(("_row", "_slot"))}

@@ -144,12 +144,12 @@ def _candidates(
     rows,
     slots,
     heads,
-    width,
     query_row,
     query_head,
     key_slot,
     key_head,
     scale,
+    WIDTH: tl.constexpr,
     EXACT: tl.constexpr,  # redo what did not fit
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -171,8 +171,8 @@ def _candidates(
     key = of_head(key, head, key_head)
     q = query
     if STEP_D == BLOCK_D:
-        q = load_rows(query, 0, query_row, real, width, BLOCK_D)
-    tile = (q, query, query_row, real, key, key_slot, slots, width, scale)
+        q = load_rows(query, 0, query_row, real, WIDTH, BLOCK_D)
+    tile = (q, query, query_row, real, key, key_slot, slots, WIDTH, scale)
     if EXACT:
         bound = _exact_bound(tile, topk, BLOCK_N, BLOCK_D, STEP_D)
     else:
@@ -212,11 +212,11 @@ def _best(
     first,  # number of the first row
     rows,
     heads,
-    width,
     value_slot,
     value_head,
     threshold: tl.uint32,
     kept_scale,
+    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CAPACITY: tl.constexpr,
@@ -247,10 +247,10 @@ def _best(
     if seed is not None:
         keep = keep_slots(seed, threshold, first + row.to(tl.int64), head, slot)
         weights = tl.where(keep, weights * kept_scale, 0.0)
-    v = gather_rows(of_head(value, head, value_head), slot, value_slot, chosen, width, BLOCK_D)
+    v = gather_rows(of_head(value, head, value_head), slot, value_slot, chosen, WIDTH, BLOCK_D)
     mixed = tl.sum(weights[:, :, None] * v, 1)
-    output = of_head(output, head, width)
-    store_rows(output, first_row, heads * width, row < rows, mixed, width, BLOCK_D)
+    output = of_head(output, head, WIDTH)
+    store_rows(output, first_row, heads * WIDTH, row < rows, mixed, WIDTH, BLOCK_D)
 
 
 def attend_to_best(
@@ -269,7 +269,7 @@ def attend_to_best(
     candidates = query.new_empty((rows, heads, capacity), dtype=torch.int64)
     counts = query.new_empty((rows, heads), dtype=torch.int32)
     common = {"candidates": candidates, "counts": counts, "topk": topk, "CAPACITY": capacity}
-    common |= {"rows": rows, "heads": heads, "width": width, "BLOCK_D": D}
+    common |= {"rows": rows, "heads": heads, "WIDTH": width, "BLOCK_D": D}
     row = launch(STEM, "_candidates", query, str(D))
     for exact in (False, True):
         _candidates[(triton.cdiv(rows, row["BLOCK_M"]) * heads,)](

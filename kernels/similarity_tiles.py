@@ -12,19 +12,21 @@ from mpma_ext.kernels.launch import DTYPES, SHARED_MEMORY, find, table
 if TYPE_CHECKING:
     from mpma_ext.kernels.compile import Case
 
+# Kernels are compiled once whatever these are: batches and lengths change from step to step.
+NOT_SPECIALIZED = ["reports", "images", "T", "P"]
+
 
 @triton.jit
 def rows_of(side, item, position, within):
     """Pointers to rows, and which of them, within bounds, are real.
 
-    A side is (rows, their strides over items and positions, mask or None, its two strides).
+    A side is (rows, their strides over items and positions, mask (items, length) or None, length).
     """
-    rows, by_item, by_position, mask, mask_by_item, mask_by_position = side
+    rows, by_item, by_position, mask, length = side
     item, position = item.to(tl.int64), position.to(tl.int64)
     real = within
     if mask is not None:
-        offset = item * mask_by_item + position * mask_by_position
-        real = (tl.load(mask + offset, mask=within, other=0) != 0) & within
+        real = (tl.load(mask + item * length + position, mask=within, other=0) != 0) & within
     return rows + item * by_item + position * by_position, real
 
 
@@ -56,9 +58,9 @@ def rows_in_place(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(2) == 1 else tensor.contiguous()
 
 
-def strides(mask: torch.Tensor | None) -> tuple[int, int]:
-    """Strides of a mask that may be absent."""
-    return (0, 0) if mask is None else mask.stride()
+def packed(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask that may be absent, without gaps."""
+    return None if mask is None else mask.contiguous()
 
 
 def precision(tensor: torch.Tensor) -> str:
@@ -71,7 +73,6 @@ def precision(tensor: torch.Tensor) -> str:
 LAUNCHED = {
     **{"reports": 256, "images": 256, "T": 64, "P": 196, "P_padded": 208, "D": 768},
     **{"tokens_item": 64 * 768, "tokens_row": 768, "patches_item": 196 * 768, "patches_row": 768},
-    **{"token_mask_item": 64, "token_mask_row": 1, "patch_mask_item": 196, "patch_mask_row": 1},
     **{"attention_temperature": 4.0, "pooling_temperature": 5.0, "PRECISION": "ieee"},
 }
 

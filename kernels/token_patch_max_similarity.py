@@ -18,12 +18,13 @@ import triton.language as tl
 
 from mpma_ext.kernels.launch import launch
 from mpma_ext.kernels.similarity_tiles import (
+    NOT_SPECIALIZED,
     cases,
+    packed,
     precision,
     rows_in_place,
     rows_of,
     scores_of,
-    strides,
 )
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def _first_best(best, index, later, later_index):
     return tl.where(better, later, best), tl.where(better, later_index, index)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _max_similarity(
     tokens,  # (reports, T, D)
     patches,  # (images, P, D)
@@ -71,18 +72,14 @@ def _max_similarity(
     tokens_row,
     patches_item,
     patches_row,
-    token_mask_item,
-    token_mask_row,
-    patch_mask_item,
-    patch_mask_row,
     REPORTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    token_side = (tokens, tokens_item, tokens_row, token_mask, token_mask_item, token_mask_row)
-    patch_side = (patches, patches_item, patches_row, patch_mask, patch_mask_item, patch_mask_row)
+    token_side = (tokens, tokens_item, tokens_row, token_mask, T)
+    patch_side = (patches, patches_item, patches_row, patch_mask, P)
     groups = tl.cdiv(reports, REPORTS)
     image = tl.program_id(0) // groups
     first = tl.program_id(0) % groups * REPORTS
@@ -142,6 +139,7 @@ def _max_similarity(
             within = (report < reports)[:, None] & (p < P)[None]
             at = tl.load(token_index + offset, mask=within, other=NOWHERE)
             top = tl.load(of_patch + offset, mask=within, other=0)
+            tl.debug_barrier()  # several threads read an index, and one writes it
             found = (at != NOWHERE) & real_patch[None]
             tl.store(token_index + offset, tl.where(found, at, 0), mask=within)
             patch_sum += tl.sum(tl.where(found, top, 0.0), 1)
@@ -150,7 +148,7 @@ def _max_similarity(
     tl.store(to_tokens + pair, patch_sum / tl.maximum(patch_count, 1.0), mask=report < reports)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["other_items", "M", "K", "own_pair", "other_pair"])
 def _max_gradient(
     others,  # (other items, K, D), what the gradient is a sum of
     own_mask,  # (own items, M) or None
@@ -168,10 +166,6 @@ def _max_gradient(
     other_pair,
     others_item,
     others_row,
-    own_mask_item,
-    own_mask_row,
-    other_mask_item,
-    other_mask_row,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -180,8 +174,8 @@ def _max_gradient(
     own = tl.program_id(0) // tl.cdiv(M, BLOCK_M)
     m = tl.program_id(0) % tl.cdiv(M, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    own_side = (grad, 0, 0, own_mask, own_mask_item, own_mask_row)
-    other_side = (others, others_item, others_row, other_mask, other_mask_item, other_mask_row)
+    own_side = (grad, 0, 0, own_mask, M)
+    other_side = (others, others_item, others_row, other_mask, K)
     _, real_own = rows_of(own_side, own, m, m < M)
     # No index is negative: what is masked is nobody's nearest and has none.
     chosen_own = tl.where(real_own, m, -1)
@@ -235,8 +229,8 @@ def token_patch_max_similarity(
     _max_similarity[(triton.cdiv(reports, row["REPORTS"]) * images,)](
         tokens,
         patches,
-        token_mask,
-        patch_mask,
+        packed(token_mask),
+        packed(patch_mask),
         *outs,
         *indices,
         of_patch,
@@ -247,8 +241,6 @@ def token_patch_max_similarity(
         D,
         *tokens.stride()[:2],
         *patches.stride()[:2],
-        *strides(token_mask),
-        *strides(patch_mask),
         PRECISION=precision(tokens),
         **row,
     )
@@ -303,8 +295,8 @@ def _gradient(own: tuple, other: tuple) -> torch.Tensor:
     grid = (items * triton.cdiv(M, row["BLOCK_M"]), triton.cdiv(D, row["BLOCK_D"]))
     _max_gradient[grid](
         other_rows,
-        own_mask,
-        other_mask,
+        packed(own_mask),
+        packed(other_mask),
         own_index,
         other_index,
         own_grad,
@@ -317,8 +309,6 @@ def _gradient(own: tuple, other: tuple) -> torch.Tensor:
         own_pair,
         other_pair,
         *other_rows.stride()[:2],
-        *strides(own_mask),
-        *strides(other_mask),
         PRECISION=precision(own_rows),
         **row,
     )
@@ -338,6 +328,5 @@ def compile_cases() -> Iterator["Case"]:
     of_reports = {
         **{"other_items": 256, "M": 64, "K": 196, "own_pair": 256, "other_pair": 1},
         **{"others_item": 196 * 768, "others_row": 768},
-        **{"own_mask_item": 64, "own_mask_row": 1, "other_mask_item": 196, "other_mask_row": 1},
     }
     yield from cases(STEM, _max_gradient, tensors, of_reports)

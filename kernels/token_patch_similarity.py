@@ -18,12 +18,13 @@ import triton.language as tl
 
 from mpma_ext.kernels.launch import launch
 from mpma_ext.kernels.similarity_tiles import (
+    NOT_SPECIALIZED,
     cases,
+    packed,
     precision,
     rows_in_place,
     rows_of,
     scores_of,
-    strides,
 )
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def cosine_of(inner, square, token_norm):
     return inner / (norm * tl.maximum(tl.sqrt(square), NORM_EPSILON)), square
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _similarity(
     tokens,  # (reports, T, D)
     patches,  # (images, P, D)
@@ -214,10 +215,6 @@ def _similarity(
     tokens_row,
     patches_item,
     patches_row,
-    token_mask_item,
-    token_mask_row,
-    patch_mask_item,
-    patch_mask_row,
     factor_item,
     factor_row,
     attention_temperature,
@@ -232,9 +229,9 @@ def _similarity(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    token_side = (tokens, tokens_item, tokens_row, token_mask, token_mask_item, token_mask_row)
-    patch_side = (patches, patches_item, patches_row, patch_mask, patch_mask_item, patch_mask_row)
-    factor_side = (factor, factor_item, factor_row, patch_mask, patch_mask_item, patch_mask_row)
+    token_side = (tokens, tokens_item, tokens_row, token_mask, T)
+    patch_side = (patches, patches_item, patches_row, patch_mask, P)
+    factor_side = (factor, factor_item, factor_row, patch_mask, P)
     rows: tl.constexpr = REPORTS * BLOCK_T
     program = tl.program_id(0).to(tl.int64)
     scratch = weights + (program * rows + tl.arange(0, rows)) * P_padded
@@ -264,9 +261,9 @@ def _similarity(
             for n0 in range(0, N, BLOCK_N):
                 n = n0 + tl.arange(0, BLOCK_N)
                 product = tl.zeros((rows, BLOCK_N), tl.float32)
-                for k0 in range(0, P, BLOCK_K):
+                for k0 in range(0, P_padded, BLOCK_K):
                     k = k0 + tl.arange(0, BLOCK_K)
-                    e = tl.load(scratch[:, None] + k[None], mask=(k < P)[None], other=0)
+                    e = tl.load(scratch[:, None] + k[None], mask=(k < P_padded)[None], other=0)
                     x, real = rows_of(factor_side, image, k, k < P)
                     x = tl.load(x[:, None] + n[None], mask=real[:, None] & (n < N)[None], other=0)
                     product = tl.dot(e, x, product, input_precision=PRECISION)
@@ -314,8 +311,8 @@ def token_patch_similarity(
     _similarity[(programs,)](
         tokens,
         patches,
-        token_mask,
-        patch_mask,
+        packed(token_mask),
+        packed(patch_mask),
         token_norms(tokens),
         factor,
         tokens.new_empty(programs, rows, P_padded),
@@ -327,11 +324,9 @@ def token_patch_similarity(
         P,
         D,
         P_padded,
-        P if by_gram else D,
+        factor.shape[2],
         *tokens.stride()[:2],
         *patches.stride()[:2],
-        *strides(token_mask),
-        *strides(patch_mask),
         *factor.stride()[:2],
         attention_temperature,
         pooling_temperature,
@@ -397,11 +392,12 @@ def compile_cases() -> Iterator["Case"]:
     tensors = dict.fromkeys(("tokens", "patches", "factor", "weights"))
     tensors |= dict.fromkeys(("token_mask", "patch_mask"), torch.bool)
     tensors |= dict.fromkeys(("token_norm", "column", "out"), torch.float32)
-    by_gram = {"BY_GRAM": True, "SAFE": True, "N": 196, "factor_item": 208 * 208}
+    by_gram = {"BY_GRAM": True, "SAFE": True, "N": 208, "factor_item": 208 * 208}
     by_gram |= {"factor_row": 208, "column": None}
     without = {**by_gram, "BY_GRAM": False, "N": 768, "factor_item": 196 * 768, "factor_row": 768}
     many = {name: value for name, value in without.items() if name != "column"}
-    many |= {"SAFE": False, "T": 200}
+    many |= {"T": 200}
     yield from cases(STEM, _similarity, tensors, by_gram)
     yield from cases(STEM, _similarity, tensors, without, " without Gram")
     yield from cases(STEM, _similarity, tensors, many, " many tokens")
+    yield from cases(STEM, _similarity, tensors, many | {"SAFE": False}, " large temperature")

@@ -26,11 +26,12 @@ import triton.language as tl
 
 from mpma_ext.kernels.launch import launch
 from mpma_ext.kernels.similarity_tiles import (
+    NOT_SPECIALIZED,
     cases,
+    packed,
     precision,
     rows_in_place,
     rows_of,
-    strides,
 )
 from mpma_ext.kernels.token_patch_similarity import (
     NORM_EPSILON,
@@ -62,7 +63,9 @@ ITSELF = tl.constexpr(4)
 STATISTICS = 5
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=["token_mask", "patch_mask"]
+)
 def _weights(
     tokens,  # (reports, T, D)
     patches,  # (images, P, D)
@@ -82,10 +85,6 @@ def _weights(
     tokens_row,
     patches_item,
     patches_row,
-    token_mask_item,
-    token_mask_row,
-    patch_mask_item,
-    patch_mask_row,
     attention_temperature,
     SAFE: tl.constexpr,
     REPORTS: tl.constexpr,
@@ -94,8 +93,8 @@ def _weights(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    token_side = (tokens, tokens_item, tokens_row, token_mask, token_mask_item, token_mask_row)
-    patch_side = (patches, patches_item, patches_row, patch_mask, patch_mask_item, patch_mask_row)
+    token_side = (tokens, tokens_item, tokens_row, token_mask, T)
+    patch_side = (patches, patches_item, patches_row, patch_mask, P)
     groups = tl.cdiv(reports, REPORTS)
     image, group = tl.program_id(0) // groups, tl.program_id(0) % groups
     first = group * REPORTS
@@ -119,7 +118,10 @@ def _weights(
         tl.store(statistics + INNER * count + row, inner, mask=within)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[*NOT_SPECIALIZED, "grad_report", "grad_image"],
+    do_not_specialize_on_alignment=["token_norm", "grad_output"],
+)
 def _token_gradients(
     weights,  # (images, reports, T, P_padded)
     product,  # (images, reports, T, N) e V Vᵀ or e V; becomes of_square times b V Vᵀ or c
@@ -178,6 +180,7 @@ def _token_gradients(
         square = tl.load(statistics + SQUARE * count + t, mask=t < T, other=0)
         cosine = tl.load(statistics + COSINE * count + t, mask=t < T, other=0)
         token = tl.load(token_norm + report * T + t, mask=(t < T) & (total != 0), other=0)
+        tl.debug_barrier()  # several threads read a statistic, and one writes it
         something = total != 0
         total = tl.where(something, total, 1.0)
         share = tl.exp(pooling_temperature * cosine - logsumexp)
@@ -209,7 +212,7 @@ def _exponents(scores, row, p, t, P_padded, total, T):
     return tl.where((total != 0)[:, None], x, -float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=["patch_mask"])
 def _score_gradients(
     weights,  # (images, reports, T, P_padded) e; becomes b
     scores,  # (images, reports, T, P_padded) float32
@@ -222,8 +225,6 @@ def _score_gradients(
     T,
     P,
     P_padded,
-    patch_mask_item,
-    patch_mask_row,
     attention_temperature,
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -233,7 +234,7 @@ def _score_gradients(
     count = images.to(tl.int64) * reports * T
     statistics += row
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    patch_side = (scores, 0, 0, patch_mask, patch_mask_item, patch_mask_row)
+    patch_side = (scores, 0, 0, patch_mask, P)
     _, real_patch = rows_of(patch_side, image, p, p < P)
     top = tl.full((BLOCK_P,), -float("inf"), tl.float32)
     pooled = tl.zeros((BLOCK_P,), tl.float32)
@@ -290,7 +291,7 @@ def token_patch_similarity_backward(
     if 0 in (reports, images, T, P) or not (need_tokens or need_patches):
         return grad_tokens.to(tokens.dtype), grad_patches
     tokens, patches = rows_in_place(tokens), rows_in_place(patches)
-    norms = token_norms(tokens)
+    token_mask, patch_mask, norms = packed(token_mask), packed(patch_mask), token_norms(tokens)
     w, v = _zeroed(tokens, token_mask), padded(patches, patch_mask)
     by_gram = gram_is_less(tokens.dtype, P, D, worth=2)
     factor = gram(v) if by_gram else v
@@ -366,8 +367,6 @@ def _grad_scores(
         P_padded,
         *tokens.stride()[:2],
         *patches.stride()[:2],
-        *strides(token_mask),
-        *strides(patch_mask),
         temperatures[0],
         SAFE=is_safe(temperatures[0], tokens.dtype),
         PRECISION=precision(tokens),
@@ -405,7 +404,6 @@ def _grad_scores(
         T,
         P,
         P_padded,
-        *strides(patch_mask),
         temperatures[0],
         **row,
     )
@@ -441,7 +439,8 @@ def compile_cases() -> Iterator["Case"]:
     of_scores = ("scores", "statistics", "column", "token_norm", "grad_output")
     tensors |= dict.fromkeys(of_scores, torch.float32)
     yield from cases(STEM, _weights, tensors, {"SAFE": True, "column": None})
-    yield from cases(STEM, _weights, tensors, {"SAFE": False, "T": 200}, " many tokens")
+    yield from cases(STEM, _weights, tensors, {"SAFE": True, "T": 200}, " many tokens")
+    yield from cases(STEM, _weights, tensors, {"SAFE": False, "T": 200}, " large temperature")
     of_grad = {"grad_report": 256, "grad_image": 1}
     by_gram, without = {"BY_GRAM": True, "N": 208}, {"BY_GRAM": False, "N": 768}
     yield from cases(STEM, _token_gradients, tensors, by_gram | of_grad)

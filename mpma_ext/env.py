@@ -19,8 +19,7 @@ def report() -> str:
         f"python       {sys.version.split()[0]} on {platform.platform()}",
         f"torch        {torch.__version__} (CUDA {torch.version.cuda or 'none'})",
         *(f"{name:<12} {_version(name)}" for name in _PACKAGES),
-        f"CPU          {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}",
+        f"CPU          {torch.get_num_threads()} threads, {mpma_ext._C.cpu_instructions()}",
         f"GPU          {_gpu()}",
         f"backends     {', '.join(available_backends())}",
         "compiled operators",

@@ -13,24 +13,35 @@
 
 namespace mpma {
 
-enum class Isa { kPortable, kAvx2, kAvx512 };
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bfloat16 };
 
 // The best one, not above PyTorch's own setting ATEN_CPU_CAPABILITY (default, avx2 or avx512).
 inline Isa fastest_isa() {
 #if MPMA_MULTIPLE_ISAS
   static const Isa fastest = [] {
     const char* setting = std::getenv("ATEN_CPU_CAPABILITY");
-    const bool below_avx2 = setting && std::strcmp(setting, "default") == 0;
-    const bool below_avx512 = below_avx2 || (setting && std::strcmp(setting, "avx2") == 0);
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return avx512 && !below_avx512 ? Isa::kAvx512 : avx2 && !below_avx2 ? Isa::kAvx2 : Isa::kPortable;
+    const auto limited_to = [&](const char* name) { return setting && std::strcmp(setting, name) == 0; };
+    if (limited_to("default") || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+        !__builtin_cpu_supports("f16c"))
+      return Isa::kPortable;
+    if (limited_to("avx2") || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+      return Isa::kAvx2;
+    return limited_to("avx512") || !__builtin_cpu_supports("avx512bf16") ? Isa::kAvx512 : Isa::kAvx512Bfloat16;
   }();
   return fastest;
 #else
   return Isa::kPortable;
 #endif
+}
+
+inline const char* name_of(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx512Bfloat16: return "AVX-512 with bfloat16";
+    case Isa::kAvx512: return "AVX-512";
+    case Isa::kAvx2: return "AVX2";
+    default: return "portable vectors";
+  }
 }
 
 }  // namespace mpma

@@ -162,7 +162,8 @@ void run_forward(const AttentionBatch& batch, const Output& output, const Tensor
   if (batch.element == Element::kDouble) {
     return portable::attention_forward(batch, output, statistics<double>(logsumexp));
   }
-  MPMA_FASTEST(attention_forward<float>)(batch, output, statistics<float>(logsumexp));
+  MPMA_FASTEST(attention_forward<float>, batch.element == Element::kBFloat16)(
+      batch, output, statistics<float>(logsumexp));
 }
 
 void run_backward(
@@ -173,7 +174,7 @@ void run_backward(
     return portable::attention_backward(batch, all);
   }
   const AttentionGradients<float> all{grad_output, output, statistics<const float>(logsumexp), query, key, value};
-  MPMA_FASTEST(attention_backward<float>)(batch, all);
+  MPMA_FASTEST(attention_backward<float>, batch.element == Element::kBFloat16)(batch, all);
 }
 
 // ---- padded -------------------------------------------------------------------------------------------------------

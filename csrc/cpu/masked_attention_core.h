@@ -85,16 +85,16 @@ class Worker {
     for (int64_t c0 = 0; c0 < keys(); c0 += kKeyTile) {
       const int64_t n = std::min(kKeyTile, keys() - c0), s_row = row_distance(n);
       start_tile(c0, n);
-      gather_transposed(batch_.key, c0, n, static_cast<A>(batch_.scale), key_transposed_);
+      gather_transposed(batch_.key, c0, n, key_transposed_);
       gather(batch_.value, c0, n, value_);
       for_each_block([&](int64_t i0, int64_t rows) {
         load_block(batch_.query, i0, rows, query_);
-        matmul<A>(rows, n, width_, {query_, q_row, 1, key_transposed_, s_row, scores_, s_row}, false);
+        matmul_rounded<A>(rows, n, width_, {query_, q_row, 1, key_transposed_, s_row, scores_, s_row}, false);
         for (int64_t i = 0; i < rows; ++i) {
           softmax_row(scores_ + i * s_row, n, i0 + i, c0 == 0);
           if (batch_.dropout.active()) drop_row(scores_ + i * s_row, n, i0 + i);
         }
-        matmul<A>(rows, width_, n, {scores_, s_row, 1, value_, q_row, sum_ + i0 * q_row, q_row}, c0 > 0);
+        matmul_rounded<A>(rows, width_, n, {scores_, s_row, 1, value_, q_row, sum_ + i0 * q_row, q_row}, c0 > 0);
       });
     }
     for (int64_t i = 0; i < queries_.length; ++i) {
@@ -103,7 +103,7 @@ class Worker {
         std::fill_n(sum, width_, A(0));
         *logsumexp.at(b, queries_.start + i, h) = kInfinity;
       } else {
-        scale_row(sum, 1 / total_[i]);
+        scale_row(sum, width_, 1 / total_[i]);
         *logsumexp.at(b, queries_.start + i, h) = maximum_[i] + std::log(total_[i]);
       }
       write(sum, output.at(b, queries_.start + i, h));
@@ -127,23 +127,25 @@ class Worker {
       const int64_t n = std::min(kKeyTile, keys() - c0), s_row = row_distance(n);
       const bool need_scores = grad_query || grad_key;  // their gradients, to be exact
       start_tile(c0, n);
-      gather_transposed(batch_.key, c0, n, static_cast<A>(batch_.scale), key_transposed_);
-      if (need_scores) gather_transposed(batch_.value, c0, n, A(1), value_transposed_);
+      gather_transposed(batch_.key, c0, n, key_transposed_);
+      if (need_scores) gather_transposed(batch_.value, c0, n, value_transposed_);
       if (grad_query) gather(batch_.key, c0, n, value_);
       if (grad_key) std::fill_n(grad_key_, n * q_row, A(0));
       if (grad_value) std::fill_n(grad_value_, n * q_row, A(0));
       for_each_block([&](int64_t i0, int64_t rows) {
         load_block(batch_.query, i0, rows, query_);
         load_block(grad_output, i0, rows, grad_output_);
-        matmul<A>(rows, n, width_, {query_, q_row, 1, key_transposed_, s_row, scores_, s_row}, false);
+        matmul_rounded<A>(rows, n, width_, {query_, q_row, 1, key_transposed_, s_row, scores_, s_row}, false);
         if (need_scores)
-          matmul<A>(rows, n, width_, {grad_output_, q_row, 1, value_transposed_, s_row, grad_scores_, s_row}, false);
+          matmul_rounded<A>(
+              rows, n, width_, {grad_output_, q_row, 1, value_transposed_, s_row, grad_scores_, s_row}, false);
         for (int64_t i = 0; i < rows; ++i) gradient_row(i * s_row, n, i0 + i, delta[i0 + i], total_[i0 + i]);
         if (grad_value)
-          matmul<A>(n, width_, rows, {scores_, 1, s_row, grad_output_, q_row, grad_value_, q_row}, true);
-        if (grad_key) matmul<A>(n, width_, rows, {grad_scores_, 1, s_row, query_, q_row, grad_key_, q_row}, true);
+          matmul_rounded<A>(n, width_, rows, {scores_, 1, s_row, grad_output_, q_row, grad_value_, q_row}, true);
+        if (grad_key)
+          matmul_rounded<A>(n, width_, rows, {grad_scores_, 1, s_row, query_, q_row, grad_key_, q_row}, true);
         if (grad_query)
-          matmul<A>(rows, width_, n, {grad_scores_, s_row, 1, value_, q_row, sum_ + i0 * q_row, q_row}, c0 > 0);
+          matmul_rounded<A>(rows, width_, n, {grad_scores_, s_row, 1, value_, q_row, sum_ + i0 * q_row, q_row}, c0 > 0);
       });
       if (grad_key) scatter(grad_key_, c0, n, grad_key);
       if (grad_value) scatter(grad_value_, c0, n, grad_value);
@@ -203,8 +205,8 @@ class Worker {
     for (int64_t c = 0; c < n; ++c) read(key_row(operand, c0 + c), to + c * row_distance(width_));
   }
 
-  // to[d][c] = scale * row c0 + c, padded with columns of zeros.
-  void gather_transposed(const Input& operand, int64_t c0, int64_t n, A scale, A* to) const {
+  // to[d][c] = row c0 + c, padded with columns of zeros.
+  void gather_transposed(const Input& operand, int64_t c0, int64_t n, A* to) const {
     const int64_t from_row = row_distance(width_), to_row = row_distance(n);
     for (int64_t c = 0; c < padded(n); c += 4) {
       for (int64_t i = 0; i < 4; ++i) {
@@ -215,7 +217,7 @@ class Worker {
         }
       }
       for (int64_t d = 0; d < width_; d += 4)
-        transpose_4x4(staging_ + d, from_row, scale, to + d * to_row + c, to_row);
+        transpose_4x4(staging_ + d, from_row, to + d * to_row + c, to_row);
     }
   }
 
@@ -239,8 +241,8 @@ class Worker {
         write(staging_, gradient.at(sequence_, span.start + j, head_));
   }
 
-  void scale_row(A* row, A factor) const {
-    for (int64_t d = 0; d < width_; ++d) row[d] *= factor;
+  static void scale_row(A* row, int64_t n, A factor) {
+    for (int64_t i = 0; i < n; ++i) row[i] *= factor;
   }
 
   A dot(const A* x, const A* y) const {
@@ -252,8 +254,9 @@ class Worker {
     return sum_lanes<A>(sum) + tail;
   }
 
-  // Scores become e^(score - maximum so far), and earlier sums of the row are rescaled to that maximum.
+  // Products become scores and e^(score - maximum so far), and earlier sums of the row are rescaled to that maximum.
   void softmax_row(A* scores, int64_t n, int64_t i, bool first) {
+    scale_row(scores, n, static_cast<A>(batch_.scale));
     std::fill(scores + n, scores + padded(n), -kInfinity);
     const Larger larger;
     Vector<A> top = Vector<A>{} + (first ? -kInfinity : maximum_[i]);
@@ -271,7 +274,7 @@ class Worker {
     } else {
       const A shrink = std::exp(maximum_[i] - base);
       total_[i] = total_[i] * shrink + sum_lanes<A>(total);
-      scale_row(sum_ + i * row_distance(width_), shrink);
+      scale_row(sum_ + i * row_distance(width_), width_, shrink);
     }
     maximum_[i] = maximum;
   }
@@ -291,13 +294,13 @@ class Worker {
     for (int64_t c = 0; c < n; ++c) weights[c] *= kept_[c];
   }
 
-  // Scores become the weights that multiplied the values; their gradients become gradients of the unscaled products.
+  // Products become the weights that multiplied the values; gradients of the scores become gradients of the products.
   void gradient_row(int64_t offset, int64_t n, int64_t i, A delta, A logsumexp) {
     A *scores = scores_ + offset, *gradients = grad_scores_ + offset;
     const auto scale = static_cast<A>(batch_.scale);
     if (!batch_.dropout.active()) {
       for (int64_t c = 0; c < n; c += kW) {
-        const Vector<A> weight = exp(load(scores + c) - logsumexp);
+        const Vector<A> weight = exp(load(scores + c) * scale - logsumexp);
         store(scores + c, weight);
         store(gradients + c, weight * (load(gradients + c) - delta) * scale);
       }
@@ -305,7 +308,7 @@ class Worker {
     }
     draw_kept(n, i);
     for (int64_t c = 0; c < n; c += kW) {
-      const Vector<A> weight = exp(load(scores + c) - logsumexp), kept = load(kept_ + c);
+      const Vector<A> weight = exp(load(scores + c) * scale - logsumexp), kept = load(kept_ + c);
       store(scores + c, weight * kept);
       store(gradients + c, weight * (load(gradients + c) * kept - delta) * scale);
     }

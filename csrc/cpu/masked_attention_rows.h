@@ -31,6 +31,15 @@ inline void convert(const float* from, int64_t width, torch::headeronly::Half* t
 }
 #endif
 
+#if MPMA_BFLOAT16
+inline void convert(const float* from, int64_t width, torch::headeronly::BFloat16* to) {
+  int64_t d = 0;
+  for (; d + 16 <= width; d += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + d), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + d)));
+  convert<torch::headeronly::BFloat16>(from + d, width - d, to + d);
+}
+#endif
+
 inline void load_row(Element element, const char* from, int64_t width, float* to) {
   using namespace torch::headeronly;
   if (element == Element::kFloat) std::memcpy(to, from, width * sizeof(float));

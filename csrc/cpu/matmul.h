@@ -87,9 +87,9 @@ void matmul(int64_t m, int64_t n, int64_t k, const Product<T>& p, bool add) {
 template <typename T>
 constexpr int64_t kPanel = kTileVectors * kWidth<T>;
 
-// to (4, 4) = scale times from (4, 4), transposed.
+// to (4, 4) = from (4, 4), transposed.
 template <typename A>
-inline void transpose_4x4(const A* from, int64_t from_row, A scale, A* to, int64_t to_row) {
+inline void transpose_4x4(const A* from, int64_t from_row, A* to, int64_t to_row) {
   typedef A Four __attribute__((vector_size(4 * sizeof(A)), aligned(sizeof(A)), may_alias));
   const auto row = [&](int64_t i) { return reinterpret_cast<const Four*>(from + i * from_row); };
   const auto out = [&](int64_t i) { return reinterpret_cast<Four*>(to + i * to_row); };
@@ -97,10 +97,10 @@ inline void transpose_4x4(const A* from, int64_t from_row, A scale, A* to, int64
   const Four high01 = __builtin_shufflevector(*row(0), *row(1), 2, 6, 3, 7);
   const Four low23 = __builtin_shufflevector(*row(2), *row(3), 0, 4, 1, 5);
   const Four high23 = __builtin_shufflevector(*row(2), *row(3), 2, 6, 3, 7);
-  *out(0) = __builtin_shufflevector(low01, low23, 0, 1, 4, 5) * scale;
-  *out(1) = __builtin_shufflevector(low01, low23, 2, 3, 6, 7) * scale;
-  *out(2) = __builtin_shufflevector(high01, high23, 0, 1, 4, 5) * scale;
-  *out(3) = __builtin_shufflevector(high01, high23, 2, 3, 6, 7) * scale;
+  *out(0) = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
+  *out(1) = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
+  *out(2) = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
+  *out(3) = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
 }
 
 // The rows of a matrix (count, k) as columns, in panels: out [count / kPanel][k][kPanel], with zeros for the rows that
@@ -111,21 +111,12 @@ void pack_transposed(const T* rows, int64_t stride, int64_t count, int64_t k, T*
     const int64_t real = std::min(kPanel<T>, count - first), blocks = real / 4 * 4, depth = k / 4 * 4;
     for (int64_t d = 0; d < depth; d += 4)
       for (int64_t i = 0; i < blocks; i += 4)
-        transpose_4x4(rows + i * stride + d, stride, T(1), out + d * kPanel<T> + i, kPanel<T>);
+        transpose_4x4(rows + i * stride + d, stride, out + d * kPanel<T> + i, kPanel<T>);
     for (int64_t d = 0; d < k; ++d) {
       for (int64_t i = d < depth ? blocks : 0; i < real; ++i) out[d * kPanel<T> + i] = rows[i * stride + d];
       std::fill(out + d * kPanel<T> + real, out + (d + 1) * kPanel<T>, T(0));
     }
   }
-}
-
-// C (m, n) = A (m, k) B, of which B is packed as [n / kPanel][k][kPanel]: one stream of memory a panel.
-template <typename T>
-void matmul_panels(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, const T* panels, T* c, int64_t c_row) {
-  for (int64_t column = 0; column < n; column += kPanel<T>)
-    matmul<T>(
-        m, std::min(kPanel<T>, n - column), k,
-        {a, a_row, 1, panels + column * k, kPanel<T>, c + column, c_row}, false);
 }
 
 }  // namespace mpma::MPMA_ISA

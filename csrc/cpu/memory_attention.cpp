@@ -72,11 +72,11 @@ struct Operands {
 };
 
 // The kernel for the type T of a generic lambda. float64 serves checks of gradients: one build of it is enough.
-#define MPMA_MEMORY_KERNEL(function)                                              \
-  [] {                                                                            \
+#define MPMA_MEMORY_KERNEL(function, bfloat16)                                      \
+  [](bool rounded) {                                                                \
     if constexpr (std::is_same_v<T, double>) return &portable::memory::function<T>; \
-    else return MPMA_FASTEST(memory::function<T>);                                \
-  }()
+    else return MPMA_FASTEST(memory::function<T>, rounded);                         \
+  }(bfloat16)
 
 // body(T{}) for the compute type.
 template <class Body>
@@ -96,14 +96,15 @@ std::tuple<Tensor, Tensor, Tensor> memory_attention(
   const Tensor output = torch::stable::new_empty(query, {in.rows, in.heads, in.width}, in.type);
   const Tensor logsumexp = torch::stable::new_empty(query, {in.rows, in.heads}, in.type);
   const Tensor indices = torch::stable::new_empty(query, {in.rows, in.heads, topk}, ScalarType::Int);
+  const bool bfloat16 = query.scalar_type() == ScalarType::BFloat16;
   dispatch(in.type, [&](auto number) {
     using T = decltype(number);
     const auto m = in.problem<T>(scale, dropout_p, dropout_seed);
     T *out = output.mutable_data_ptr<T>(), *lse = logsumexp.mutable_data_ptr<T>();
     if (topk > 0)
-      MPMA_MEMORY_KERNEL(topk_forward)(m, topk, out, lse, indices.mutable_data_ptr<int32_t>());
+      MPMA_MEMORY_KERNEL(topk_forward, bfloat16)(m, topk, out, lse, indices.mutable_data_ptr<int32_t>());
     else
-      MPMA_MEMORY_KERNEL(dense_forward)(m, out, lse);
+      MPMA_MEMORY_KERNEL(dense_forward, bfloat16)(m, out, lse);
   });
   return {in_type(output, query.scalar_type()), logsumexp, indices};
 }
@@ -134,6 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> memory_attention_backward(
   };
   const Tensor grad_query = gradient(query, need_query), grad_key = gradient(memory_key, need_memory_key),
                grad_value = gradient(memory_value, need_memory_value);
+  const bool bfloat16 = query.scalar_type() == ScalarType::BFloat16;
   dispatch(in.type, [&](auto number) {
     using T = decltype(number);
     const auto data = [](const Tensor& t, bool needed) { return needed ? t.mutable_data_ptr<T>() : nullptr; };
@@ -142,9 +144,9 @@ std::tuple<Tensor, Tensor, Tensor> memory_attention_backward(
         view<T>(grad), view<T>(out), lse.const_data_ptr<T>(), data(grad_query, need_query),
         data(grad_key, need_memory_key), data(grad_value, need_memory_value)};
     if (topk > 0)
-      MPMA_MEMORY_KERNEL(topk_backward)(m, topk, g, numbers);
+      MPMA_MEMORY_KERNEL(topk_backward, bfloat16)(m, topk, g, numbers);
     else
-      MPMA_MEMORY_KERNEL(dense_backward)(m, g);
+      MPMA_MEMORY_KERNEL(dense_backward, bfloat16)(m, g);
   });
   const ScalarType type = query.scalar_type();
   return {in_type(grad_query, type), in_type(grad_key, type), in_type(grad_value, type)};

@@ -36,7 +36,7 @@ void dense_forward(const MemoryProblem<T>& m, T* output, T* logsumexp) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / blocks, row0 = item % blocks * kDenseBlock;
       const int64_t rows = std::min(kDenseBlock, m.rows - row0);
-      copy_rows(m.query, head, row0, rows, m.width, m.scale, query.get(), m.width);
+      copy_rows(m.query, head, row0, rows, m.width, query.get(), m.width);
       std::fill_n(sums.get(), rows * columns, T(0));
       std::fill_n(top, rows, kNothing);
       std::fill_n(total, rows, T(0));
@@ -46,6 +46,7 @@ void dense_forward(const MemoryProblem<T>& m, T* output, T* logsumexp) {
         if (m.dropout.active()) dropout_tile(m.dropout, head, row0, rows, slot0, n, stride, 1, kept.get());
         for (int64_t i = 0; i < rows; ++i) {
           T* row = scores.get() + i * stride;
+          for (int64_t j = 0; j < n; ++j) row[j] *= m.scale;
           std::fill(row + n, row + round_up(n, kWidth<T>), kNothing);
           Vector<T> high = Vector<T>{} + top[i];
           for (int64_t j = 0; j < n; j += kWidth<T>) {
@@ -161,7 +162,7 @@ class DenseBackward {
       }
       for (int64_t i = 0; i < slots; ++i) {
         const int64_t at = ((slot0 + i) * m_.heads + head) * m_.width;
-        if (g_.key) std::memcpy(g_.key + at, s.key_sums.get() + i * columns_, m_.width * sizeof(T));
+        for (int64_t d = 0; g_.key && d < m_.width; ++d) g_.key[at + d] = s.key_sums.get()[i * columns_ + d] * m_.scale;
         if (g_.value) std::memcpy(g_.value + at, s.value_sums.get() + i * columns_, m_.width * sizeof(T));
       }
     }
@@ -169,7 +170,7 @@ class DenseBackward {
 
   // sums (slots, columns) += the transpose of weights (rows, slots) times operand (rows, width).
   void add_product(const T* weights, int64_t slots, const T* operand, int64_t rows, T* added, T* sums) const {
-    matmul<T>(slots, m_.width, rows, {weights, 1, kStride, operand, row_, added, columns_}, false);
+    matmul_rounded<T>(slots, m_.width, rows, {weights, 1, kStride, operand, row_, added, columns_}, false);
     add_tile(sums, added, slots * columns_, T(1));
   }
 
@@ -183,12 +184,12 @@ class DenseBackward {
     }
   }
 
-  // Of a block of rows and a tile of slots: the weights after dropout, and the gradients of the scores. The block of the
-  // query has the scale in it, and so has the gradient of the key, its product; that of the query gets it at its end.
+  // Of a block of rows and a tile of slots: the weights after dropout, and the gradients of the scores. What these are
+  // multiplied with has no scale in it: the gradients of the query and the key get it at their end.
   void weights_and_gradients(
       int64_t head, int64_t row0, int64_t rows, int64_t slot0, int64_t slots, const Scratch& s) const {
-    copy_rows(m_.query, head, row0, rows, m_.width, m_.scale, s.query.get(), row_);
-    copy_rows(g_.grad_output, head, row0, rows, m_.width, T(1), s.grad.get(), row_);
+    copy_rows(m_.query, head, row0, rows, m_.width, s.query.get(), row_);
+    copy_rows(g_.grad_output, head, row0, rows, m_.width, s.grad.get(), row_);
     keys_.multiply(s.query.get(), row_, rows, head, slot0, slots, s.weights.get(), kStride);
     if (scored_) values_.multiply(s.grad.get(), row_, rows, head, slot0, slots, s.grads.get(), kStride);
     const bool dropping = m_.dropout.active();
@@ -197,7 +198,7 @@ class DenseBackward {
       const T lse = g_.logsumexp[(row0 + i) * m_.heads + head];
       const T mean = scored_ ? mean_.get()[head * m_.rows + row0 + i] : T(0);
       for (int64_t at = i * kStride; at < i * kStride + slots; at += kWidth<T>) {
-        const Vector<T> p = exp_nonpositive(load(s.weights.get() + at) - lse);
+        const Vector<T> p = exp_nonpositive(load(s.weights.get() + at) * m_.scale - lse);
         const Vector<T> keep = dropping ? load(s.kept.get() + at) : Vector<T>{} + T(1);
         store(s.weights.get() + at, p * keep);
         if (scored_) store(s.grads.get() + at, (keep * load(s.grads.get() + at) - mean) * p);

@@ -59,7 +59,7 @@ struct ColumnPanels {
       const T* a, int64_t a_row, int64_t a_column, int64_t m, int64_t head, int64_t row0, int64_t n, T* c) const {
     const T* panel = data.get() + head * columns * rows + row0 * kPanel<T>;
     for (int64_t j = 0; j < columns; j += kPanel<T>, panel += rows * kPanel<T>)
-      matmul<T>(m, kPanel<T>, n, {a, a_row, a_column, panel, kPanel<T>, c + j, columns}, false);
+      matmul_rounded<T>(m, kPanel<T>, n, {a, a_row, a_column, panel, kPanel<T>, c + j, columns}, false);
   }
 };
 
@@ -70,16 +70,12 @@ inline void add_tile(T* sums, const T* added, int64_t n, T shrink) {
   for (int64_t i = 0; i < n; i += kWidth<T>) store(sums + i, load(sums + i) * shrink + load(added + i));
 }
 
-// Rows row0 ... row0 + count - 1 of one head times a scale, near each other: a block that a product reads many times, as
-// its left or its right side.
+// Rows row0 ... row0 + count - 1 of one head, near each other: a block that a product reads many times, as its left or
+// its right side.
 template <class T>
 inline void copy_rows(
-    const MemoryView<T>& from, int64_t head, int64_t row0, int64_t count, int64_t width, T scale, T* to,
-    int64_t to_row) {
-  for (int64_t i = 0; i < count; ++i) {
-    const T* row = from.at(row0 + i, head);
-    for (int64_t d = 0; d < width; ++d) to[i * to_row + d] = row[d] * scale;
-  }
+    const MemoryView<T>& from, int64_t head, int64_t row0, int64_t count, int64_t width, T* to, int64_t to_row) {
+  for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * to_row, from.at(row0 + i, head), width * sizeof(T));
 }
 
 }  // namespace mpma::MPMA_ISA::memory

@@ -54,7 +54,7 @@ void topk_forward(const MemoryProblem<T>& m, int64_t k, T* output, T* logsumexp,
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / blocks, row0 = item % blocks * kTopkRows;
       const int64_t rows = std::min(kTopkRows, m.rows - row0);
-      copy_rows(m.query, head, row0, rows, m.width, T(1), query.get(), m.width);
+      copy_rows(m.query, head, row0, rows, m.width, query.get(), m.width);
       for (int64_t i = 0; i < rows; ++i)
         kept[i] = {keys.get() + i * k, indices + ((row0 + i) * m.heads + head) * k, 0, 0};
       for (int64_t slot0 = 0; slot0 < m.slots; slot0 += tile) {

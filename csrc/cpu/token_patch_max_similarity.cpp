@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_patch_max_similarity(
   if (type == ScalarType::Double)
     run(double{}, &portable::max_similarity::forward<double>);
   else
-    run(float{}, MPMA_FASTEST(max_similarity::forward<float>));
+    run(float{}, MPMA_FASTEST(max_similarity::forward<float>, is_bfloat16(tokens)));
   return {tokens_to_patches, patches_to_tokens, patch_index, token_index};
 }
 
@@ -93,8 +93,8 @@ std::tuple<Tensor, Tensor> token_patch_max_similarity_backward(
         need_tokens ? w.scatter(grad_w.get(), tokens) : not_needed(tokens),
         need_patches ? v.scatter(grad_v.get(), patches) : not_needed(patches)};
   };
-  return compute_type(tokens) == ScalarType::Double ? run(double{}, &portable::max_similarity::backward<double>)
-                                                    : run(float{}, MPMA_FASTEST(max_similarity::backward<float>));
+  if (compute_type(tokens) == ScalarType::Double) return run(double{}, &portable::max_similarity::backward<double>);
+  return run(float{}, MPMA_FASTEST(max_similarity::backward<float>, is_bfloat16(tokens)));
 }
 
 }  // namespace

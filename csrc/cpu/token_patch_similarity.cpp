@@ -56,8 +56,8 @@ Tensor token_patch_similarity(
     forward(problem, out.mutable_data_ptr<T>());
     return out;
   };
-  return compute_type(tokens) == ScalarType::Double ? run(double{}, &portable::similarity::forward<double>)
-                                                    : run(float{}, MPMA_FASTEST(similarity::forward<float>));
+  if (compute_type(tokens) == ScalarType::Double) return run(double{}, &portable::similarity::forward<double>);
+  return run(float{}, MPMA_FASTEST(similarity::forward<float>, is_bfloat16(tokens)));
 }
 
 std::tuple<Tensor, Tensor> token_patch_similarity_backward(
@@ -79,8 +79,8 @@ std::tuple<Tensor, Tensor> token_patch_similarity_backward(
         need_tokens ? problem.tokens.scatter(of_tokens.get(), tokens) : not_needed(tokens),
         need_patches ? problem.patches.scatter(of_patches.get(), patches) : not_needed(patches)};
   };
-  return compute_type(tokens) == ScalarType::Double ? run(double{}, &portable::similarity::backward<double>)
-                                                    : run(float{}, MPMA_FASTEST(similarity::backward<float>));
+  if (compute_type(tokens) == ScalarType::Double) return run(double{}, &portable::similarity::backward<double>);
+  return run(float{}, MPMA_FASTEST(similarity::backward<float>, is_bfloat16(tokens)));
 }
 
 }  // namespace

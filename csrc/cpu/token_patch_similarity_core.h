@@ -54,7 +54,7 @@ class Pair {
     pack_transposed<T>(patches_.item(image), patches_.stride, p_, patches_.width, transposed_.get());
     if (!by_gram_) return;
     for (int64_t p = 0; p < p_; p += kPanel<T>)
-      matmul<T>(
+      matmul_rounded<T>(
           std::min(p_, p + kPanel<T>), std::min(kPanel<T>, p_ - p), patches_.width,
           {v_, patches_.stride, 1, transposed_.get() + p * patches_.width, kPanel<T>, gram_.get() + p, stride_},
           false);
@@ -115,7 +115,7 @@ class Pair {
   // After backward(): adds to the gradients of the patches (P, stride of the patches) and, where |c|^2 came by the Gram
   // matrix, to twice its gradient (P, stride), of which the upper half is right.
   void add_to_patches(const T* grad_scores, T* grad_patches, T* grad_gram) {
-    matmul<T>(
+    matmul_rounded<T>(
         p_, patches_.width, t_,
         {grad_scores, 1, stride_, w_, tokens_.stride, grad_patches, patches_.stride}, true);
     T* scaled = by_gram_ ? product_.get() : attended_.get();
@@ -175,7 +175,7 @@ class Pair {
   // The scores, panel by panel, and a, the softmax over the tokens, of each while it is in the first-level cache.
   void score() {
     for (int64_t p = 0; p < p_; p += kPanel<T>) {
-      matmul<T>(
+      matmul_rounded<T>(
           t_, std::min(kPanel<T>, p_ - p), patches_.width,
           {w_, patches_.stride, 1, transposed_.get() + p * patches_.width, kPanel<T>, scores_.get() + p, stride_},
           false);
@@ -329,7 +329,7 @@ void backward(const SimilarityProblem<T>& problem, const T* grad, T* grad_tokens
     for (int64_t image = image0; image < image1; ++image) {
       const int64_t row = (image - image0) * rows_held + first - tokens.start[report0];
       if (t == 0 || patches.count(image) == 0) continue;
-      matmul<T>(
+      matmul_rounded<T>(
           t, tokens.width, patches.count(image),
           {held.get() + row * stride, stride, 1, patches.item(image), patches.stride,
            grad_tokens + first * tokens.stride, tokens.stride},

@@ -10,12 +10,14 @@
 #define MPMA_DEVICE inline
 #define MPMA_KERNEL(threads, blocks) static void
 #define MPMA_UNROLL _Pragma("GCC unroll 32")
+#define MPMA_NO_UNROLL
 #define MPMA_UNROLL_PRODUCT
 #else
 #define MPMA_DEVICE __device__ __forceinline__
 // A kernel for at most `threads` threads a block, `blocks` of which must fit a multiprocessor.
 #define MPMA_KERNEL(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
 #define MPMA_UNROLL _Pragma("unroll")
+#define MPMA_NO_UNROLL _Pragma("unroll 1")
 // Over the depth of a product of T: float32 needs twice the registers a step.
 #define MPMA_UNROLL_PRODUCT _Pragma("unroll(kIsHalf<T> ? 4 : 1)")
 #endif

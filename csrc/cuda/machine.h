@@ -56,6 +56,11 @@ MPMA_DEVICE uint32_t ballot(bool x) { return __ballot_sync(~0u, x); }
 MPMA_DEVICE bool warp_any(bool x) { return __any_sync(~0u, x) != 0; }
 MPMA_DEVICE bool warp_all(bool x) { return __all_sync(~0u, x) != 0; }
 
+// Of one integer of each lane, in every lane.
+MPMA_DEVICE int32_t warp_sum(int32_t x) { return __reduce_add_sync(~0u, x); }
+MPMA_DEVICE int32_t warp_minimum(int32_t x) { return __reduce_min_sync(~0u, x); }
+MPMA_DEVICE int32_t warp_maximum(int32_t x) { return __reduce_max_sync(~0u, x); }
+
 // Atomically adds to an integer in shared or global memory and returns what was there.
 MPMA_DEVICE int32_t atomic_add(int32_t* at, int32_t x) { return atomicAdd(at, x); }
 

@@ -321,12 +321,12 @@ MPMA_DEVICE void multiply_step(Sum& c, const StepA<T>& a, const StepB<T>& b) {
   }
 }
 
-// c += A B over a depth that is a multiple of 16; both begin at their factor's corner. kN is even.
+// c += A B over a depth that is a multiple of 16; both begin at their factor's corner. kN is at least 2.
 template <int kM, int kN, class T, int kStrideA, bool kTransposedA, int kStrideB, bool kTransposedB>
 MPMA_DEVICE void multiply(
     Accumulator<kM, kN>& c, const Factor<T, kStrideA, kTransposedA>& a, const Factor<T, kStrideB, kTransposedB>& b,
     int depth) {
-  static_assert(kN % 2 == 0, "columns come 16 at a time");
+  static_assert(kN >= 2, "columns come 16 at a time");
   MPMA_UNROLL_PRODUCT
   for (int k = 0; k < depth; k += kDepthStep<T>) {
     StepA<T> left[kM];
@@ -334,12 +334,13 @@ MPMA_DEVICE void multiply(
     for (int m = 0; m < kM; ++m) left[m] = load_a(a, 16 * m, k);
     MPMA_UNROLL
     for (int n = 0; n < kN; n += 2) {
+      const int odd = n + 1 < kN ? 0 : 1;  // the last 8 columns of an odd number come with the 8 before them
       StepB<T> right[2];
-      load_b(b, 8 * n, k, right);
+      load_b(b, 8 * (n - odd), k, right);
       MPMA_UNROLL
       for (int m = 0; m < kM; ++m)
         MPMA_UNROLL
-        for (int half = 0; half < 2; ++half) multiply_step(c.sum[m][n + half], left[m], right[half]);
+        for (int half = odd; half < 2; ++half) multiply_step(c.sum[m][n - odd + half], left[m], right[half]);
     }
   }
 }

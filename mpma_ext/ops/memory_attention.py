@@ -77,7 +77,9 @@ def memory_attention(
         name,
         backend,
         {
-            "cuda": compiled_refusal("cuda", name, query),
+            "cuda": compiled_refusal("cuda", name, query)
+            or too_wide(width, 128)
+            or _too_many(None if dense else topk),
             "triton": triton_refusal(query)
             or too_wide(width, 128)
             or _too_many(None if dense else topk),

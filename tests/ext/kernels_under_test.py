@@ -1,10 +1,13 @@
 """Which compiled kernels the tests of traps call, all with the signatures of torch.ops.mpma.
 
-MPMA_TEST_BACKEND: cpu (when not set), triton or cuda. MPMA_TEST_DEVICE: cuda for the kernels' own
-device; cpu (when not set) for Triton's interpreter, which wants TRITON_INTERPRET=1.
+MPMA_TEST_BACKEND: cpu (when not set), triton, cuda, or emulated for the CUDA kernels on the machine
+that tests/cuda emulates. MPMA_TEST_DEVICE: cuda for the kernels' own device; cpu (when not set) for
+the emulated machine, and for Triton's interpreter, which wants TRITON_INTERPRET=1.
 """
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +17,10 @@ import mpma_ext  # noqa: F401  registers torch.ops.mpma
 BACKEND = os.environ.get("MPMA_TEST_BACKEND", "cpu")
 DEVICE = os.environ.get("MPMA_TEST_DEVICE", "cpu")
 # On another device the operators would be served by other kernels, and every test pass.
-PLACES = (("cpu", "cpu"), ("triton", "cpu"), ("triton", "cuda"), ("cuda", "cuda"))
+PLACES = (
+    *(("cpu", "cpu"), ("emulated", "cpu"), ("triton", "cpu")),
+    *(("triton", "cuda"), ("cuda", "cuda")),
+)
 if (BACKEND, DEVICE) not in PLACES:
     raise ValueError(f"MPMA_TEST_BACKEND={BACKEND} on MPMA_TEST_DEVICE={DEVICE}: not in {PLACES}")
 
@@ -23,6 +29,10 @@ if BACKEND != "cpu":
     DTYPES.remove(torch.float64)
 if BACKEND == "triton" and DEVICE == "cpu":
     DTYPES.remove(torch.bfloat16)  # the interpreter multiplies wrongly in it
+
+if BACKEND == "emulated":
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "cuda"))
+    import emulated_ops
 
 # What the kernels for GPUs serve: head widths, and slots that are kept of a bank.
 WIDEST_HEAD, MOST_KEPT = (10**6, 10**6) if BACKEND == "cpu" else (128, 64)
@@ -36,6 +46,8 @@ class Operators:
     """`torch.ops.mpma` of one backend: operands are taken to its device, results brought back."""
 
     def __getattr__(self, name):
+        if BACKEND == "emulated":
+            return emulated_ops.operator(name)
         suffix = "_backward" if name.endswith("_backward") else ""
         twin = "_triton" if BACKEND == "triton" else ""
         operator = getattr(torch.ops.mpma, f"{name.removesuffix(suffix)}{twin}{suffix}")

@@ -26,7 +26,7 @@ def test_operands_keep_their_strides(tensor):
     assert there.shape == tensor.shape and there.stride() == tensor.stride()
 
 
-@pytest.mark.parametrize(("backend", "device"), [("cuda", "cpu"), ("emulated", "cpu")])
+@pytest.mark.parametrize(("backend", "device"), [("cuda", "cpu"), ("emulated", "cuda")])
 def test_kernels_that_would_not_run_are_refused(backend, device):
     environment = os.environ | {"MPMA_TEST_BACKEND": backend, "MPMA_TEST_DEVICE": device}
     command = [sys.executable, "-c", "import kernels_under_test"]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from kernels_under_test import DTYPES, MOST_KEPT, OPS, cpu_only
+from kernels_under_test import BACKEND, DTYPES, INTERPRETED, MOST_KEPT, OPS, cpu_only
 
 from mpma_ext.backends import COMPILED
 from mpma_ext.reference.philox import memory_dropout_keep
@@ -24,12 +24,18 @@ SHAPES = [
     (7, 3, 5, 17, 16),  # every slot but one
     (3, 1, 33, 5000, 70),  # a bank of three tiles
     (3, 1, 16, 2100, 2090),  # more slots kept than a tile holds
+    (20, 2, 100, 600, 64),  # a wide head, and the most slots that the GPU kernels keep
+    (70, 1, 128, 150, 0),  # dense, the widest head of the GPU kernels
     (7, 3, 5, 17, 0),  # dense, nothing fits a vector
     (100, 1, 64, 600, 0),  # dense, three blocks of rows and three tiles of slots
     (5, 2, 8, 2200, 0),  # dense, several tiles of slots a task of the backward
     (100, 40, 8, 300, 0),  # dense, so many heads that one task has all of a head's tiles
 ]
 SHAPES = [shape for shape in SHAPES if shape[-1] <= MOST_KEPT]
+if INTERPRETED or BACKEND == "emulated":
+    SHAPES.remove((100, 40, 8, 300, 0))  # its trap is the CPU kernel's
+    SHAPES[SHAPES.index((50, 2, 64, 300, 32))] = (34, 1, 64, 130, 32)  # two tiles of each
+    SHAPES[SHAPES.index((5, 2, 8, 2200, 0))] = (5, 2, 8, 330, 0)
 
 
 def operands(rows, heads, width, slots, dtype=torch.float32, seed=0):
@@ -101,10 +107,9 @@ def test_error_is_at_most_that_of_eager(dtype, shape, dropout_p):
         return with_gradients(lambda *t: evaluate(*t, slots, 0.3, dropout_p), inputs, grad_output)
 
     *inputs, grad_output = (t.to(dtype) for t in tensors)
-    ours = with_gradients(
-        lambda *t: forward(*t, topk, 0.3, dropout_p, SEED)[0], inputs, grad_output
-    )
-    _, logsumexp, indices = forward(*inputs, topk, 0.3, dropout_p, SEED)
+    output, indices, *gradients = run((*inputs, grad_output.to(dtype)), topk, dropout_p=dropout_p)
+    ours = (output, *gradients)
+    _, logsumexp, _ = forward(*inputs, topk, 0.3, dropout_p, SEED)
     assert indices.dtype == torch.int32 and indices.shape == (*size[:2], topk)
     if topk:
         assert torch.equal(indices.long(), kept)
@@ -128,12 +133,19 @@ def largest(tensor):
     return tensor.abs().max().item()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [d for d in (torch.float32, torch.bfloat16) if d in DTYPES], ids=str
+)
 def test_one_slot(dtype):
-    """The output is the slot's value; the gradient of the score, a difference of equals, is 0."""
+    """The output is the slot's value; the gradient of the score, a difference of equals, is 0.
+
+    Three TF32 products keep 22 bits of a float32 value on a GPU.
+    """
     query, key, value, grad = operands(3, 2, 8, 1, dtype=dtype)
     output, _, grad_query, grad_key, grad_value = run((query, key, value, grad), 0)
-    assert torch.equal(output, value.expand(3, -1, -1))
+    exact = BACKEND == "cpu" or INTERPRETED or dtype == torch.bfloat16
+    lost = 0 if exact else 2**-21
+    torch.testing.assert_close(output, value.expand(3, -1, -1), rtol=lost, atol=0)
     # 8 products summed twice in different order, times the scale of 0.3, summed over 3 rows.
     rounding = 8 * torch.finfo(torch.float32).eps * (grad * value).abs().sum(-1).max()
     assert grad_query.abs().max() <= rounding * key.abs().max()
@@ -159,8 +171,8 @@ TRAPS = {
 }
 
 
-@pytest.mark.parametrize("topk", [1, 3, 32, 63])
-@pytest.mark.parametrize("slots", [64, 2048, 4099])
+@pytest.mark.parametrize("topk", [3, 63] if INTERPRETED else [1, 3, 32, 63])
+@pytest.mark.parametrize("slots", [64, 300] if INTERPRETED else [64, 2048, 4099])
 @pytest.mark.parametrize("trap", TRAPS)
 def test_ties_and_extremes_select_as_a_stable_sort(trap, slots, topk):
     torch.manual_seed(0)
@@ -193,18 +205,19 @@ def test_extreme_scores_are_weighted_as_by_softmax(trap, topk):
 
 @pytest.mark.parametrize("topk", [0, 5])
 def test_nan_in_a_query_row_stays_in_its_row_and_is_not_hidden(topk):
-    query, key, value, grad = operands(60, 2, 8, 300)
-    query[33, 1, 2] = torch.nan
+    rows, slots = (20, 140) if INTERPRETED else (60, 300)
+    query, key, value, grad = operands(rows, 2, 8, slots)
+    query[rows // 2, 1, 2] = torch.nan
     output, indices, grad_query, grad_key, grad_value = run((query, key, value, grad), topk)
     for tensor in (output, grad_query):
-        assert tensor[33, 1].isnan().all()
-        tensor[33, 1] = 0
+        assert tensor[rows // 2, 1].isnan().all()
+        tensor[rows // 2, 1] = 0
         assert tensor.isfinite().all()
-    reached = torch.zeros(300, 2, dtype=torch.bool)
+    reached = torch.zeros(slots, 2, dtype=torch.bool)
     reached[:, 1] = True
     if topk:
         reached[:, 1] = False
-        reached[indices[33, 1].long(), 1] = True
+        reached[indices[rows // 2, 1].long(), 1] = True
     for tensor in (grad_key, grad_value):
         assert tensor[reached].isnan().all()
         assert tensor[~reached].isfinite().all()
@@ -241,7 +254,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("topk", [0, 5])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_do_not_matter(layout, topk):
-    tensors = operands(30, 3, 6, 40)
+    tensors = operands(9, 3, 6, 17) if INTERPRETED else operands(30, 3, 6, 40)
     laid_out = [LAYOUTS[layout](t) for t in tensors]
     assert not any(t.is_contiguous() for t in laid_out)
     for a, b in zip(run(laid_out, topk), run(tensors, topk), strict=True):
@@ -262,7 +275,7 @@ def test_expanded_operands(topk):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("topk", [0, 5])
 def test_each_combination_of_needed_gradients(topk, dropout_p):
-    tensors = operands(30, 2, 8, 40)
+    tensors = operands(9, 1, 8, 17) if INTERPRETED else operands(30, 2, 8, 40)
     _, _, *whole = run(tensors, topk, dropout_p=dropout_p)
     for need in itertools.product((False, True), repeat=3):
         _, _, *some = run(tensors, topk, dropout_p=dropout_p, need=need)
@@ -283,6 +296,16 @@ def test_dropout_draws_the_reference_mask(topk):
     keep = memory_dropout_keep(SEED, p, numbers)
     assert torch.equal(weights != 0, keep & (kept_weights != 0))
     torch.testing.assert_close(weights, keep * kept_weights / (1 - p))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the Triton kernels alone")
+def test_work_in_pieces_gives_the_same(monkeypatch):
+    tensors = operands(9, 3, 8, 17)
+    whole = run(tensors, 5, dropout_p=0.3)
+    monkeypatch.setattr("mpma_ext.kernels.memory_attention.CANDIDATE_ROWS", 12)
+    monkeypatch.setattr("mpma_ext.kernels.memory_attention_topk_backward.ENTRIES", 90)
+    for piecewise, at_once in zip(run(tensors, 5, dropout_p=0.3), whole, strict=True):
+        torch.testing.assert_close(piecewise, at_once)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])

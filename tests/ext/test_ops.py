@@ -1,5 +1,10 @@
 """The public operators: choice of backend, and what PyTorch was told of them."""
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from operator_calls import CALLS, backward_arguments, operands, operator_arguments, others, run
@@ -240,6 +245,18 @@ def test_available_backends_and_report():
 
     text = report()
     assert all(name in text for name in (*CALLS, torch.__version__, *available))
+
+
+def test_the_report_names_the_instructions_in_use():
+    for limit, name in (("default", "portable vectors"), ("avx2", "AVX2|portable vectors")):
+        done = subprocess.run(
+            [sys.executable, "-m", "mpma_ext"],
+            env=os.environ | {"ATEN_CPU_CAPABILITY": limit},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert re.search(rf"^CPU .* threads, ({name})$", done.stdout, re.MULTILINE)
 
 
 def test_a_backend_that_is_not_there_says_why():

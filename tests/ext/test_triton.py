@@ -34,7 +34,7 @@ def test_the_interpreted_kernels_agree_with_the_definition(name):
     assert f"{name} torch.float32 agrees" in done.stdout
 
 
-@pytest.mark.parametrize("family", ["masked_attention"])
+@pytest.mark.parametrize("family", check.STEMS)
 def test_the_interpreted_kernels_pass_the_traps_of_the_compiled_ones(family):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command.append(str(HERE / f"test_{family}_kernels.py"))
@@ -47,10 +47,20 @@ def test_the_interpreted_kernels_pass_the_traps_of_the_compiled_ones(family):
 
 # A model's sizes. Batches are odd: no kernel is compiled anew for another one.
 MODEL = {"B": 3, "S": 197, "Sq": 197, "Sk": 197, "H": 12, "D": 64, "Nq": 591, "Nk": 591}
+MODEL |= {"...": 591, "N": 2048, "Bt": 3, "T": 57, "Bi": 5, "P": 196}
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("masked")])
-def test_what_is_compiled_is_what_is_launched(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "sizes", "settings"),
+    [
+        *((name, {}, {}) for name in CALLS if name != "memory_attention"),
+        *(("memory_attention", {}, {"topk": topk}) for topk in (0, 32)),
+        ("token_patch_similarity", {"D": 768}, {}),  # with Gram matrices
+        *((f"token_patch{form}similarity", {"T": 200}, {}) for form in ("_", "_max_")),
+    ],
+    ids=str,
+)
+def test_what_is_compiled_is_what_is_launched(name, sizes, settings, monkeypatch):
     """Launches on tensors without contents, which nothing could read on the way either."""
     launched = set()
 
@@ -60,8 +70,12 @@ def test_what_is_compiled_is_what_is_launched(name, monkeypatch):
 
     monkeypatch.setattr(JITFunction, "run", record)
     monkeypatch.setattr(launch, "generation", lambda device: "sm90")
-    for axis, size in MODEL.items():
+    programs = "mpma_ext.kernels.token_patch_similarity._programs"
+    monkeypatch.setattr(programs, lambda device, scratch: 264)
+    for axis, size in (MODEL | sizes).items():
         monkeypatch.setitem(SIZES, axis, size)
+    call = replace(CALLS[name], settings=CALLS[name].settings | settings)
+    monkeypatch.setitem(CALLS, name, call)
     arguments = [
         value.to("meta", torch.bfloat16 if value.is_floating_point() else None)
         if isinstance(value, torch.Tensor)

@@ -83,6 +83,20 @@ template <class T>
 T shuffle_up(T x, int lanes) {
   return exchange_value<T>(exchange_up(exchange_bits(x), lanes));
 }
+template <class Combine>
+int32_t exchange_all(int32_t x, const Combine& combine) {
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) x = combine(x, shuffle_xor(x, lanes));
+  return x;
+}
+inline int32_t warp_sum(int32_t x) {
+  return exchange_all(x, [](int32_t a, int32_t b) { return a + b; });
+}
+inline int32_t warp_minimum(int32_t x) {
+  return exchange_all(x, [](int32_t a, int32_t b) { return a < b ? a : b; });
+}
+inline int32_t warp_maximum(int32_t x) {
+  return exchange_all(x, [](int32_t a, int32_t b) { return a > b ? a : b; });
+}
 
 // Arithmetic.
 inline int popcount(uint32_t x) { return __builtin_popcount(x); }
