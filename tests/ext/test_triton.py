@@ -34,7 +34,7 @@ def test_the_interpreted_kernels_agree_with_the_definition(name):
     assert f"{name} torch.float32 agrees" in done.stdout
 
 
-@pytest.mark.parametrize("family", ["memory_attention", "token_patch_similarity"])
+@pytest.mark.parametrize("family", check.STEMS)
 def test_the_interpreted_kernels_pass_the_traps_of_the_compiled_ones(family):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command.append(str(HERE / f"test_{family}_kernels.py"))
