@@ -125,8 +125,9 @@ MPMA_DEVICE Sum drop_columns(const MemoryDropout& dropout, int64_t row, int slot
   return factors;
 }
 
-// Blocks that own slots: the gradients of their keys and values, or a split of the rows' part of them.
-template <class T, int kWidth>
+// Blocks that own slots: the gradients of their keys (with kKey) and values (with kValue), or a split of the rows' part of
+// them.
+template <class T, int kWidth, bool kKey, bool kValue>
 MPMA_KERNEL(kDenseThreads, 1)
 memory_dense_slots_kernel(MemoryProblem<T> m, DenseGradients<T> g) {
   constexpr int kStream = kDenseStream<T, kWidth>;
@@ -137,7 +138,7 @@ memory_dense_slots_kernel(MemoryProblem<T> m, DenseGradients<T> g) {
   const int slot0 = static_cast<int>(block_x() % tiles) * kDenseOwned, slot = slot0 + own_slot + lane_index() / 4;
   const int64_t all = (m.rows + kStream - 1) / kStream, split = block_y();
   const int64_t first = all * split / g.splits * kStream, end = all * (split + 1) / g.splits * kStream;
-  const bool need_key = g.of.key != nullptr, need_value = g.of.value != nullptr;
+  const bool need_key = kKey && g.of.key != nullptr, need_value = kValue && g.of.value != nullptr;
   const auto load = [&](int64_t row, int buffer) {
     load_rows(layout.stream(buffer, 0), m.query, head, row, m.rows, m.width);
     load_rows(layout.stream(buffer, 1), g.of.grad_output, head, row, m.rows, m.width);
@@ -240,7 +241,12 @@ void launch_memory_dense_backward(const MemoryProblem<T>& m, const DenseGradient
   const Launch how = {
       {int64_t{m.heads} * ((m.slots + kDenseOwned - 1) / kDenseOwned), g.splits}, kDenseThreads,
       shared_bytes<DenseLayout<T, kWidth, 2>>(), stream};
-  launch<memory_dense_slots_kernel<T, kWidth>>(how, m, g);
+  if constexpr (!kIsHalf<T> && kWidth > 64) {  // registers do not hold the sums of both
+    if (g.of.key) launch<memory_dense_slots_kernel<T, kWidth, true, false>>(how, m, g);
+    if (g.of.value) launch<memory_dense_slots_kernel<T, kWidth, false, true>>(how, m, g);
+  } else {
+    launch<memory_dense_slots_kernel<T, kWidth, true, true>>(how, m, g);
+  }
   if (g.splits == 1) return;
   const int64_t count = int64_t{m.slots} * m.heads * m.width;
   const Launch sum = {{(count + 255) / 256}, 256, 0, stream};
