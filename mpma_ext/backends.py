@@ -37,7 +37,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # What no machine has shown to be the fastest serves only where it is asked for by name.
-UNMEASURED = frozenset({"triton"})
+UNMEASURED = frozenset({"cuda", "triton"})
 
 _local = threading.local()
 
@@ -76,6 +76,8 @@ def compiled_refusal(backend: str, operator: str, tensor: torch.Tensor) -> str |
         return f"it serves {backend} tensors, these are on {tensor.device}"
     if operator not in COMPILED[backend]:
         return f"this build has no compiled {backend} kernel of {operator}"
+    if backend == "cuda" and tensor.dtype == torch.float64:
+        return "it serves float32, bfloat16 and float16, not float64"
     return None
 
 

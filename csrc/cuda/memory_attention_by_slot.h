@@ -58,10 +58,10 @@ count_by_slot_kernel(BySlot s) {
   const SlotBlock b(s);
   for (int i = thread_index(); i < b.count; i += thread_count()) layout.counter[i] = 0;
   barrier();
-  const int64_t entries = (b.end - b.row) * s.topk;
-  for (int64_t i = thread_index(); i < entries; i += thread_count()) {
-    const int64_t row = b.row + i / s.topk;
-    const int slot = slot_in_bank(s.indices[(row * s.heads + b.head) * s.topk + i % s.topk], s.slots) - b.first;
+  const auto topk = static_cast<uint32_t>(s.topk), entries = static_cast<uint32_t>(b.end - b.row) * topk;
+  for (uint32_t i = thread_index(); i < entries; i += thread_count()) {
+    const int64_t row = b.row + i / topk;
+    const int slot = slot_in_bank(s.indices[(row * s.heads + b.head) * s.topk + i % topk], s.slots) - b.first;
     if (slot >= 0 && slot < b.count) atomic_add(layout.counter + slot, 1);
   }
   barrier();

@@ -27,6 +27,11 @@ struct DenseLayout {
 
   MPMA_DEVICE Owned owned(int i) const { return {owned_ + i * Owned::kSize}; }
   MPMA_DEVICE Stream stream(int buffer, int i) const { return {stream_ + (2 * buffer + i) * Stream::kSize}; }
+  // Two numbers that go with a streamed row, in the 16 bytes by which rows are longer than their elements.
+  MPMA_DEVICE float* statistics(int buffer, int row) const {
+    static_assert(Stream::kStride > kWidth, "a row has room for them");
+    return reinterpret_cast<float*>(&stream(buffer, 0)(row, kWidth));
+  }
 };
 
 // Loads the rows of a head from `first` on that are below `count`.
@@ -45,6 +50,7 @@ MPMA_DEVICE void multiply_rows(
   if constexpr (kIsHalf<T>) {
     multiply(c, by_rows(a, row), by_rows(b), kWidth);
   } else {
+    MPMA_NO_UNROLL
     for (int k = 0; k < kWidth; k += 4) {
       Bytes16 left[2];
       MPMA_UNROLL

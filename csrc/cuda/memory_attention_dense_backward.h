@@ -125,38 +125,28 @@ MPMA_DEVICE Sum drop_columns(const MemoryDropout& dropout, int64_t row, int slot
   return factors;
 }
 
-template <class T, int kWidth>
-struct DenseSlotsLayout : DenseLayout<T, kWidth, 2> {
-  float* statistics;  // two buffers of the streamed rows' log-sum-exp and delta
-
-  explicit MPMA_HOST_DEVICE DenseSlotsLayout(SharedMemory& memory)
-      : DenseLayout<T, kWidth, 2>(memory), statistics(memory.take<float>(4 * kDenseStream<T, kWidth>)) {}
-
-  MPMA_DEVICE float* statistic(int buffer, int i) const {
-    return statistics + (2 * buffer + i) * kDenseStream<T, kWidth>;
-  }
-};
-
-// Blocks that own slots: the gradients of their keys and values, or a split of the rows' part of them.
-template <class T, int kWidth>
+// Blocks that own slots: the gradients of their keys (with kKey) and values (with kValue), or a split of the rows' part of
+// them.
+template <class T, int kWidth, bool kKey, bool kValue>
 MPMA_KERNEL(kDenseThreads, 1)
 memory_dense_slots_kernel(MemoryProblem<T> m, DenseGradients<T> g) {
   constexpr int kStream = kDenseStream<T, kWidth>;
   SharedMemory memory = SharedMemory::this_block();
-  const DenseSlotsLayout<T, kWidth> layout(memory);
+  const DenseLayout<T, kWidth, 2> layout(memory);
   const int tiles = (m.slots + kDenseOwned - 1) / kDenseOwned;
   const int head = static_cast<int>(block_x() / tiles), own_slot = warp_index() * 16;
   const int slot0 = static_cast<int>(block_x() % tiles) * kDenseOwned, slot = slot0 + own_slot + lane_index() / 4;
   const int64_t all = (m.rows + kStream - 1) / kStream, split = block_y();
   const int64_t first = all * split / g.splits * kStream, end = all * (split + 1) / g.splits * kStream;
-  const bool need_key = g.of.key != nullptr, need_value = g.of.value != nullptr;
+  const bool need_key = kKey && g.of.key != nullptr, need_value = kValue && g.of.value != nullptr;
   const auto load = [&](int64_t row, int buffer) {
     load_rows(layout.stream(buffer, 0), m.query, head, row, m.rows, m.width);
     load_rows(layout.stream(buffer, 1), g.of.grad_output, head, row, m.rows, m.width);
     for (int i = thread_index(); i < kStream; i += thread_count()) {
       const bool real = row + i < m.rows;
-      layout.statistic(buffer, 0)[i] = real ? g.logsumexp[(row + i) * m.heads + head] : 0.f;
-      layout.statistic(buffer, 1)[i] = real && need_key ? g.delta[(row + i) * m.heads + head] : 0.f;
+      float* statistics = layout.statistics(buffer, i);
+      statistics[0] = real ? g.logsumexp[(row + i) * m.heads + head] : 0.f;
+      statistics[1] = real && need_key ? g.delta[(row + i) * m.heads + head] : 0.f;
     }
     cp_async_commit();
   };
@@ -182,7 +172,6 @@ memory_dense_slots_kernel(MemoryProblem<T> m, DenseGradients<T> g) {
     grads.clear();
     multiply_rows(weights, layout.owned(0), own_slot, layout.stream(buffer, 0));
     if (need_key) multiply_rows(grads, layout.owned(1), own_slot, layout.stream(buffer, 1));
-    const float *logsumexp = layout.statistic(buffer, 0), *delta = layout.statistic(buffer, 1);
     MPMA_UNROLL
     for (int n = 0; n < kStream / 8; ++n) {
       Sum factors{{1.f, 1.f, 1.f, 1.f}};
@@ -190,10 +179,11 @@ memory_dense_slots_kernel(MemoryProblem<T> m, DenseGradients<T> g) {
       MPMA_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int column = 8 * n + lane_index() % 4 * 2 + i % 2;
+        const float* statistics = layout.statistics(buffer, column);
         const bool real = row0 + column < m.rows && slot + i / 2 * 8 < m.slots;
         float &x = weights.sum[0][n].value[i], &of_score = grads.sum[0][n].value[i];
-        const float weight = real ? dense_weight<T>(multiply_rn(x, m.scale) - logsumexp[column]) : 0.f;
-        of_score = real ? weight * (factors.value[i] * of_score - delta[column]) : 0.f;
+        const float weight = real ? dense_weight<T>(multiply_rn(x, m.scale) - statistics[0]) : 0.f;
+        of_score = real ? weight * (factors.value[i] * of_score - statistics[1]) : 0.f;
         x = weight * factors.value[i];
       }
     }
@@ -250,8 +240,13 @@ void launch_memory_dense_backward(const MemoryProblem<T>& m, const DenseGradient
   if (g.of.key == nullptr && g.of.value == nullptr) return;
   const Launch how = {
       {int64_t{m.heads} * ((m.slots + kDenseOwned - 1) / kDenseOwned), g.splits}, kDenseThreads,
-      shared_bytes<DenseSlotsLayout<T, kWidth>>(), stream};
-  launch<memory_dense_slots_kernel<T, kWidth>>(how, m, g);
+      shared_bytes<DenseLayout<T, kWidth, 2>>(), stream};
+  if constexpr (!kIsHalf<T> && kWidth > 64) {  // registers do not hold the sums of both
+    if (g.of.key) launch<memory_dense_slots_kernel<T, kWidth, true, false>>(how, m, g);
+    if (g.of.value) launch<memory_dense_slots_kernel<T, kWidth, false, true>>(how, m, g);
+  } else {
+    launch<memory_dense_slots_kernel<T, kWidth, true, true>>(how, m, g);
+  }
   if (g.splits == 1) return;
   const int64_t count = int64_t{m.slots} * m.heads * m.width;
   const Launch sum = {{(count + 255) / 256}, 256, 0, stream};

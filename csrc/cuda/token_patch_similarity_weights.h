@@ -27,7 +27,7 @@ MPMA_DEVICE void softmax_over_tokens(
 
 // A block for each pair. `safe` says that the attention temperature will do as the largest exponent: a lies in [0, 1].
 template <class T>
-MPMA_KERNEL(kWeightThreads, 6)
+MPMA_KERNEL(kWeightThreads, 4)
 similarity_weights_kernel(
     SimilarityBlock b, const float* scores, T* weights, PatchStatistics patch, TokenStatistics token, bool safe) {
   const int64_t report = block_x() / b.images, image = block_x() % b.images;

@@ -47,6 +47,17 @@ MPMA_FORWARD(forward_bfloat16, Bfloat16)
 MPMA_FORWARD(forward_float16, Half)
 MPMA_FORWARD(forward_float32, float)
 
+// The most shared memory of a block of any kernel that takes much of it.
+extern "C" int64_t most_shared_bytes() {
+  int most = shared_bytes<TopkLayout>();
+  for (const int bytes :
+       {shared_bytes<DenseLayout<Bfloat16, 64, 2>>(), shared_bytes<DenseLayout<Bfloat16, 128, 2>>(),
+        shared_bytes<DenseLayout<float, 64, 2>>(), shared_bytes<DenseLayout<float, 128, 2>>(),
+        shared_bytes<SlotRangeLayout>(1 << 30)})
+    most = most > bytes ? most : bytes;
+  return most;
+}
+
 extern "C" int64_t topk_segment(int64_t slots, int64_t topk) {
   return slot_segment(static_cast<int>(slots), static_cast<int>(topk));
 }

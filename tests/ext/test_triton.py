@@ -20,7 +20,8 @@ from mpma_ext.kernels.compile import compile_case, specialised
 from mpma_ext.kernels.launch import table
 from mpma_ext.ops import triton_kernels
 
-SCRIPT = Path(__file__).with_name("interpreted_triton.py")
+HERE = Path(__file__).parent
+SCRIPT = HERE / "interpreted_triton.py"
 KERNELS = Path(check.__file__).parent
 
 
@@ -31,6 +32,17 @@ def test_the_interpreted_kernels_agree_with_the_definition(name):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"{name} torch.float32 agrees" in done.stdout
+
+
+@pytest.mark.parametrize("family", check.STEMS)
+def test_the_interpreted_kernels_pass_the_traps_of_the_compiled_ones(family):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command.append(str(HERE / f"test_{family}_kernels.py"))
+    settings = {"MPMA_TEST_BACKEND": "triton", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=os.environ | settings, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
 
 
 # A model's sizes. Batches are odd: no kernel is compiled anew for another one.
