@@ -34,48 +34,50 @@ MPMA_DEVICE Place place(int tile_row, int64_t first_item, int first_row, int log
   return {first_item + (segment >> log_segments), first_row + within_item * kSegment + tile_row % kSegment};
 }
 
-// Copies some features of the rows of a tile. A thread always takes the same rows, so that whether they are real is read
-// once for all the features.
+// Copies some features of the rows of a tile. A thread always takes the same rows, so that where they lie, and whether they
+// are real, is found once for all the features. It keeps that in shared memory: registers are short in the product.
 template <class T, int kRows, int kSegment, int kDepth, int kThreads>
 struct RowCopier {
   using TileX = Tile<T, kRows, kDepth>;
   static constexpr int kChunks = kDepth / kVector<T>;
   static constexpr int kRowsAtOnce = kThreads / kChunks;
   static constexpr int kTimes = (kRows + kRowsAtOnce - 1) / kRowsAtOnce;
-  static_assert(kThreads % kChunks == 0 && kTimes <= 32, "a bit for each row of a thread");
+  static constexpr int kSize = kTimes * kThreads;  // pointers to take from SharedMemory
+  static_assert(kThreads % kChunks == 0, "a chunk's column is a thread's");
 
-  int64_t first_item;
-  int first_row;
-  uint32_t real;
+  const T** sources;  // each thread's own, nullptr for rows that are not real
 
-  MPMA_DEVICE void start(const Side<T>& side, int64_t item, int row, int log_segments) {
-    first_item = item, first_row = row, real = 0;
-    MPMA_UNROLL
+  MPMA_DEVICE void start(const Side<T>& side, int64_t item, int row, int log_segments) const {
+    MPMA_NO_UNROLL
     for (int i = 0; i < kTimes; ++i) {
       const int tile_row = thread_index() / kChunks + i * kRowsAtOnce;
       const Place at = place<kSegment>(tile_row, item, row, log_segments);
-      real |= static_cast<uint32_t>(tile_row < kRows && side.real(at.item, at.row)) << i;
+      const bool real = tile_row < kRows && side.real(at.item, at.row);
+      sources[i * kThreads + thread_index()] =
+          real ? side.rows + at.item * side.item_stride + at.row * side.row_stride : nullptr;
     }
   }
 
   // Features `feature` to feature + kDepth - 1 of `width`; asynchronous if `aligned`.
-  MPMA_DEVICE void copy(
-      const TileX& tile, const Side<T>& side, int log_segments, int feature, int width, bool aligned) const {
+  MPMA_DEVICE void copy(const TileX& tile, int feature, int width, bool aligned) const {
     const int column = thread_index() % kChunks * kVector<T>;
-    MPMA_UNROLL
-    for (int i = 0; i < kTimes; ++i) {
-      const int tile_row = thread_index() / kChunks + i * kRowsAtOnce;
-      if (tile_row >= kRows) break;
-      const Place at = place<kSegment>(tile_row, first_item, first_row, log_segments);
-      const bool some = (real >> i & 1) != 0;
-      const T* from = side.rows + at.item * side.item_stride + at.row * side.row_stride + feature + column;
-      if (aligned) {
-        const bool there = some && feature + column < width;
-        cp_async_16(&tile(tile_row, column), there ? from : nullptr, there);
-      } else {
-        for (int j = 0; j < kVector<T>; ++j)
-          tile(tile_row, column + j) = some && feature + column + j < width ? from[j] : T{};
+    if (aligned) {
+      MPMA_UNROLL
+      for (int i = 0; i < kTimes; ++i) {
+        const int tile_row = thread_index() / kChunks + i * kRowsAtOnce;
+        if (tile_row >= kRows) break;
+        const T* row = sources[i * kThreads + thread_index()];
+        const bool there = row != nullptr && feature + column < width;
+        cp_async_16(&tile(tile_row, column), there ? row + feature + column : nullptr, there);
       }
+      return;
+    }
+    MPMA_NO_UNROLL
+    for (int i = 0; i < kTimes * kVector<T>; ++i) {
+      const int tile_row = thread_index() / kChunks + i / kVector<T> * kRowsAtOnce, at = column + i % kVector<T>;
+      if (tile_row >= kRows) break;
+      const T* row = sources[i / kVector<T> * kThreads + thread_index()];
+      tile(tile_row, at) = row != nullptr && feature + at < width ? row[feature + at] : T{};
     }
   }
 };

@@ -22,20 +22,41 @@ constexpr int kRowWarps = 2, kColumnWarps = 2, kForwardThreads = 32 * kRowWarps 
 constexpr int kRowSegment = 64, kRows = kRowSegment * kRowWarps;
 constexpr int kStages = 3;
 
+// What a thread gathers of one row of its tiles, for each image of the block, and of one column, for each report. Kept in
+// shared memory, because registers are short.
+struct RowSums {
+  Best running;  // over the tiles of an image that has several
+  float sum[kColumnWarps];
+  int real;
+};
+struct ColumnSums {
+  float sum[kRowWarps];
+  int real;
+};
+
 template <class T, int kN>
 struct ForwardLayout {
   static constexpr int kDepth = 64 / sizeof(T), kSegment = 8 * kN, kColumns = kSegment * kColumnWarps;
   using TileA = Tile<T, kRows, kDepth>;
   using TileB = Tile<T, kColumns, kDepth>;
+  using TokenCopier = RowCopier<T, kRows, kRowSegment, kDepth, kForwardThreads>;
+  using PatchCopier = RowCopier<T, kColumns, kSegment, kDepth, kForwardThreads>;
   T *a_buffers, *b_buffers;
   // Of each row by each of its warps, of each column by each of its warps; at the end sums and counts.
   float *row_value, *column_value;  // (kColumnWarps, kRows), (kRowWarps, kColumns)
   int *row_index, *column_index;
+  const T **token_rows, **patch_rows;
+  RowSums* row_sums;  // of each thread
+  ColumnSums* column_sums;
+  uint32_t* real;  // of each thread: bits of its rows, then from the eighth on of its columns
 
   explicit MPMA_HOST_DEVICE ForwardLayout(SharedMemory& memory)
       : a_buffers(memory.take<T>(kStages * TileA::kSize)), b_buffers(memory.take<T>(kStages * TileB::kSize)),
         row_value(memory.take<float>(kColumnWarps * kRows)), column_value(memory.take<float>(kRowWarps * kColumns)),
-        row_index(memory.take<int>(kColumnWarps * kRows)), column_index(memory.take<int>(kRowWarps * kColumns)) {}
+        row_index(memory.take<int>(kColumnWarps * kRows)), column_index(memory.take<int>(kRowWarps * kColumns)),
+        token_rows(memory.take<const T*>(TokenCopier::kSize)), patch_rows(memory.take<const T*>(PatchCopier::kSize)),
+        row_sums(memory.take<RowSums>(kForwardThreads)), column_sums(memory.take<ColumnSums>(kForwardThreads)),
+        real(memory.take<uint32_t>(kForwardThreads)) {}
 
   MPMA_DEVICE TileA a(int buffer) const { return {a_buffers + buffer * TileA::kSize}; }
   MPMA_DEVICE TileB b(int buffer) const { return {b_buffers + buffer * TileB::kSize}; }

@@ -13,44 +13,45 @@ namespace mpma::cuda::max_similarity {
 
 // A warp's part of a tile.
 struct Part {
-  uint32_t real_rows, real_columns;  // of this lane's
-  int first_row, first_column;       // within the report and the image
-  int row_at, column_at;             // within the tile
+  int first_row, first_column;  // within the report and the image
+  int row_at, column_at;        // within the tile
   int row_warp, column_warp;
 };
 
-// Leaves the maxima of a warp's scores in shared memory. True where a maximum is as low as what is hidden.
-template <bool kCareful, class T, int kN>
-MPMA_DEVICE bool reduce_scores(const Accumulator<4, kN>& scores, const Part& part, const ForwardLayout<T, kN>& layout) {
+// Leaves the maxima of a warp's scores, which may be `ranked`, in shared memory. True where one is as low as what is hidden.
+template <class T, int kN>
+MPMA_DEVICE bool reduce_scores(
+    const Accumulator<4, kN>& scores, const Part& part, bool ranked, const ForwardLayout<T, kN>& layout) {
+  const uint32_t real_bits = layout.real[thread_index()];
   bool low = false;
   {
     Best best[4];
-    const Left left = best_of_rows<kCareful>(scores, part.real_columns, best);
+    const Left left = best_of_rows(scores, best);
     MPMA_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const bool found = (part.real_rows >> (left.first + i) & 1) != 0 && best[i].index != kNowhere;
+      const bool real = (real_bits >> (left.first + i) & 1) != 0;
       const int at = part.column_warp * kRows + part.row_at + row_of_slot(left.first + i);
-      layout.row_value[at] = best[i].value;
-      layout.row_index[at] = found ? part.first_column + best[i].index : kNowhere;
-      low |= found && best[i].value <= kHidden;
+      layout.row_value[at] = ranked ? score_of_rank(best[i].value) : best[i].value;
+      layout.row_index[at] = real ? part.first_column + best[i].index : kNowhere;
+      low |= real && best[i].value <= kHidden;
     }
   }
   Best best[kN];
-  const Left left = best_of_columns<kCareful>(scores, part.real_rows, best);
+  const Left left = best_of_columns(scores, best);
   MPMA_UNROLL
   for (int i = 0; i < 2; ++i) {
     if (i >= left.count) break;
-    const bool found = (part.real_columns >> (left.first + i) & 1) != 0 && best[i].index != kNowhere;
+    const bool real = (real_bits >> (8 + left.first + i) & 1) != 0;
     const int at = part.row_warp * ForwardLayout<T, kN>::kColumns + part.column_at + column_of_slot(left.first + i);
-    layout.column_value[at] = best[i].value;
-    layout.column_index[at] = found ? part.first_row + best[i].index : kNowhere;
-    low |= found && best[i].value <= kHidden;
+    layout.column_value[at] = ranked ? score_of_rank(best[i].value) : best[i].value;
+    layout.column_index[at] = real ? part.first_row + best[i].index : kNowhere;
+    low |= real && best[i].value <= kHidden;
   }
   return low;
 }
 
 template <class T, int kN>
-MPMA_DEVICE void reduce_tile(const Accumulator<4, kN>& scores, const Part& part, const ForwardLayout<T, kN>& layout) {
+MPMA_DEVICE void reduce_tile(Accumulator<4, kN>& scores, const Part& part, const ForwardLayout<T, kN>& layout) {
   float finite = 0.f;  // becomes NaN where a score is NaN or infinite
   MPMA_UNROLL
   for (int m = 0; m < 4; ++m)
@@ -58,23 +59,34 @@ MPMA_DEVICE void reduce_tile(const Accumulator<4, kN>& scores, const Part& part,
     for (int n = 0; n < kN; ++n)
       MPMA_UNROLL
       for (int i = 0; i < 4; ++i) finite = fma_rn(scores.sum[m][n].value[i], 0.f, finite);
-  const bool low = reduce_scores<false>(scores, part, layout);
-  if (warp_any(low || finite != 0.f)) reduce_scores<true>(scores, part, layout);
+  const bool low = reduce_scores(scores, part, false, layout);
+  if (!warp_any(low || finite != 0.f)) return;
+  const uint32_t real_bits = layout.real[thread_index()];
+  MPMA_UNROLL
+  for (int m = 0; m < 4; ++m)
+    MPMA_UNROLL
+    for (int n = 0; n < kN; ++n)
+      MPMA_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        float& x = scores.sum[m][n].value[i];
+        x = rank_of(x, (real_bits >> (2 * m + i / 2) & real_bits >> (8 + 2 * n + i % 2) & 1) == 0);
+      }
+  reduce_scores(scores, part, true, layout);
 }
 
 template <class T, int kN>
 MPMA_KERNEL(kForwardThreads, 2)
 forward_kernel(ForwardArguments<T> g) {
   using Layout = ForwardLayout<T, kN>;
-  constexpr int kDepth = Layout::kDepth, kSegment = Layout::kSegment, kColumns = Layout::kColumns;
+  constexpr int kDepth = Layout::kDepth, kSegment = Layout::kSegment;
   SharedMemory memory = SharedMemory::this_block();
   const Layout layout(memory);
   const Tiles tiles = Tiles::of_block<T, kSegment>(g);
   const int depth_steps = g.width > kDepth ? (g.width + kDepth - 1) / kDepth : 1;
 
   // The next step to be copied: of a tile of rows, a tile of columns and some features.
-  RowCopier<T, kRows, kRowSegment, kDepth, kForwardThreads> token_rows;
-  RowCopier<T, kColumns, kSegment, kDepth, kForwardThreads> patch_rows;
+  const typename Layout::TokenCopier token_rows = {layout.token_rows};
+  const typename Layout::PatchCopier patch_rows = {layout.patch_rows};
   int next_row_tile = 0, next_column_tile = 0, next_depth = 0, next_buffer = 0;
   const auto copy_next = [&] {
     if (next_row_tile < tiles.row_tiles) {
@@ -83,8 +95,8 @@ forward_kernel(ForwardArguments<T> g) {
         patch_rows.start(g.patches, tiles.first_image, next_column_tile * tiles.columns, g.log_column_warps);
       }
       const int feature = next_depth * kDepth;
-      token_rows.copy(layout.a(next_buffer), g.tokens, g.log_row_warps, feature, g.width, g.aligned);
-      patch_rows.copy(layout.b(next_buffer), g.patches, g.log_column_warps, feature, g.width, g.aligned);
+      token_rows.copy(layout.a(next_buffer), feature, g.width, g.aligned);
+      patch_rows.copy(layout.b(next_buffer), feature, g.width, g.aligned);
       next_buffer = next_buffer + 1 < kStages ? next_buffer + 1 : 0;
       if (++next_depth == depth_steps) {
         next_depth = 0;
@@ -97,27 +109,35 @@ forward_kernel(ForwardArguments<T> g) {
 
   const int row_warp = warp_index() / kColumnWarps, column_warp = warp_index() % kColumnWarps;
   const int row_at = row_warp * kRowSegment, column_at = column_warp * kSegment;
-  RowSums<T, kN> row_sums;
-  ColumnSums<T, kN> column_sums;
+  RowSums& row_sums = layout.row_sums[thread_index()];
+  ColumnSums& column_sums = layout.column_sums[thread_index()];
+  start_sums(row_sums, column_sums);
   int buffer = 0;
   for (int row_tile = 0; row_tile < tiles.row_tiles; ++row_tile) {
     for (int column_tile = 0; column_tile < tiles.column_tiles; ++column_tile) {
       const Place row0 = place<kRowSegment>(row_at, tiles.first_report, row_tile * tiles.rows, g.log_row_warps);
       const Place column0 =
           place<kSegment>(column_at, tiles.first_image, column_tile * tiles.columns, g.log_column_warps);
-      Part part = {0, 0, row0.row, column0.row, row_at, column_at, row_warp, column_warp};
+      const Part part = {row0.row, column0.row, row_at, column_at, row_warp, column_warp};
+      uint32_t real_rows = 0, real_columns = 0;
       MPMA_UNROLL
       for (int i = 0; i < 8; ++i)
-        part.real_rows |= static_cast<uint32_t>(g.tokens.real(row0.item, row0.row + row_of_slot(i))) << i;
+        real_rows |= static_cast<uint32_t>(g.tokens.real(row0.item, row0.row + row_of_slot(i))) << i;
       MPMA_UNROLL
       for (int i = 0; i < 2 * kN; ++i)
-        part.real_columns |= static_cast<uint32_t>(g.patches.real(column0.item, column0.row + column_of_slot(i))) << i;
+        real_columns |= static_cast<uint32_t>(g.patches.real(column0.item, column0.row + column_of_slot(i))) << i;
       // A pair with nothing real on a side has nothing to look at.
-      if (!warp_any(part.real_rows != 0) || !warp_any(part.real_columns != 0)) part.real_rows = part.real_columns = 0;
+      if (!warp_any(real_rows != 0) || !warp_any(real_columns != 0)) real_rows = real_columns = 0;
+      layout.real[thread_index()] = real_rows | real_columns << 8;
       Accumulator<4, kN> scores;
-      scores.for_each([&](int row, int column, float& x) {
-        x = (part.real_rows >> row_slot(row) & part.real_columns >> column_slot(column) & 1) != 0 ? 0.f : kHidden;
-      });
+      MPMA_UNROLL
+      for (int m = 0; m < 4; ++m)
+        MPMA_UNROLL
+        for (int n = 0; n < kN; ++n)
+          MPMA_UNROLL
+          for (int i = 0; i < 4; ++i)
+            scores.sum[m][n].value[i] =
+                (real_rows >> (2 * m + i / 2) & real_columns >> (2 * n + i % 2) & 1) != 0 ? 0.f : kHidden;
       for (int depth = 0; depth < depth_steps; ++depth) {
         cp_async_wait<kStages - 2>();
         barrier();
@@ -128,8 +148,8 @@ forward_kernel(ForwardArguments<T> g) {
       // The barriers of the next tile's product lie between this tile's reading and that one's writing of maxima.
       reduce_tile(scores, part, layout);
       barrier();
-      row_sums.gather(g, tiles, layout, row_tile, column_tile);
-      column_sums.gather(g, tiles, layout, row_tile, column_tile);
+      gather_rows(row_sums, g, tiles, layout, row_tile, column_tile);
+      gather_columns(column_sums, g, tiles, layout, row_tile, column_tile);
     }
   }
   write_means(g, tiles, layout, row_sums, column_sums);
@@ -160,10 +180,9 @@ template <class T>
 void launch_forward(ForwardArguments<T> g, void* stream) {
   g.aligned = aligned_rows(g.tokens.rows, g.tokens.item_stride, g.tokens.row_stride, g.width) &&
               aligned_rows(g.patches.rows, g.patches.item_stride, g.patches.row_stride, g.width);
-  if (padded_patches(g.patches.length, 56) < padded_patches(g.patches.length, 64))
-    launch_forward<T, 7>(g, stream);
-  else
-    launch_forward<T, 8>(g, stream);
+  if constexpr (kIsHalf<T>)  // float32 has no registers for 64
+    if (padded_patches(g.patches.length, 64) <= padded_patches(g.patches.length, 56)) return launch_forward<T, 8>(g, stream);
+  launch_forward<T, 7>(g, stream);
 }
 
 }  // namespace mpma::cuda::max_similarity

@@ -5,78 +5,76 @@
 
 namespace mpma::cuda::max_similarity {
 
-// What a thread gathers of one tile row, for each image of the block.
+MPMA_DEVICE void start_sums(RowSums& rows, ColumnSums& columns) {
+  rows.running = no_best();
+  MPMA_UNROLL
+  for (int i = 0; i < kColumnWarps; ++i) rows.sum[i] = 0.f;
+  MPMA_UNROLL
+  for (int i = 0; i < kRowWarps; ++i) columns.sum[i] = 0.f;
+  rows.real = columns.real = 0;
+}
+
+// Takes the maxima of a tile's rows.
 template <class T, int kN>
-struct RowSums {
-  Best running = no_best();  // over the tiles of an image that has several
-  float sum[kColumnWarps] = {};
-  int real = 0;
-
-  MPMA_DEVICE void gather(
-      const ForwardArguments<T>& g, const Tiles& tiles, const ForwardLayout<T, kN>& layout, int row_tile,
-      int column_tile) {
-    const int row = thread_index();
-    if (row >= kRows) return;
-    const Place at = place<kRowSegment>(row, tiles.first_report, row_tile * tiles.rows, g.log_row_warps);
-    const bool last = column_tile + 1 == tiles.column_tiles;
-    MPMA_UNROLL
-    for (int i = 0; i < kColumnWarps; ++i) {
-      if (i >= kColumnWarps >> g.log_column_warps) break;
-      Best best = i == 0 && column_tile > 0 ? running : no_best();
-      for (int warp = i << g.log_column_warps; warp < (i + 1) << g.log_column_warps; ++warp)
-        best = better_of<true>(best, layout.row_best(warp, row));
-      if (i == 0) running = best;
-      const int64_t image = tiles.first_image + i;
-      if (!last || !g.tokens.within(at.item, at.row) || image >= g.patches.items) continue;
-      const bool found = best.index != kNowhere;
-      g.patch_index[(at.item * g.patches.items + image) * g.tokens.length + at.row] = found ? best.index : 0;
-      if (found) sum[i] += best.value;
-    }
-    if (last) real += g.tokens.real(at.item, at.row);
+MPMA_DEVICE void gather_rows(
+    RowSums& sums, const ForwardArguments<T>& g, const Tiles& tiles, const ForwardLayout<T, kN>& layout, int row_tile,
+    int column_tile) {
+  const int row = thread_index();
+  if (row >= kRows) return;
+  const Place at = place<kRowSegment>(row, tiles.first_report, row_tile * tiles.rows, g.log_row_warps);
+  const bool last = column_tile + 1 == tiles.column_tiles;
+  MPMA_UNROLL
+  for (int i = 0; i < kColumnWarps; ++i) {
+    if (i >= kColumnWarps >> g.log_column_warps) break;
+    Best best = i == 0 && column_tile > 0 ? sums.running : no_best();
+    for (int warp = i << g.log_column_warps; warp < (i + 1) << g.log_column_warps; ++warp)
+      best = better_of_any(best, layout.row_best(warp, row));
+    if (i == 0) sums.running = best;
+    const int64_t image = tiles.first_image + i;
+    if (!last || !g.tokens.within(at.item, at.row) || image >= g.patches.items) continue;
+    const bool found = best.index != kNowhere;
+    g.patch_index[(at.item * g.patches.items + image) * g.tokens.length + at.row] = found ? best.index : 0;
+    if (found) sums.sum[i] += best.value;
   }
-};
+  if (last) sums.real += g.tokens.real(at.item, at.row);
+}
 
-// What a thread gathers of one tile column, for each report of the block.
+// Takes the maxima of a tile's columns.
 template <class T, int kN>
-struct ColumnSums {
-  float sum[kRowWarps] = {};
-  int real = 0;
-
-  MPMA_DEVICE void gather(
-      const ForwardArguments<T>& g, const Tiles& tiles, const ForwardLayout<T, kN>& layout, int row_tile,
-      int column_tile) {
-    constexpr int kSegment = ForwardLayout<T, kN>::kSegment;
-    const int column = thread_index();
-    if (column >= ForwardLayout<T, kN>::kColumns) return;
-    const Place at = place<kSegment>(column, tiles.first_image, column_tile * tiles.columns, g.log_column_warps);
-    if (!g.patches.within(at.item, at.row)) return;
-    const bool last = row_tile + 1 == tiles.row_tiles;
-    MPMA_UNROLL
-    for (int i = 0; i < kRowWarps; ++i) {
-      if (i >= kRowWarps >> g.log_row_warps) break;
-      const int64_t report = tiles.first_report + i;
-      if (report >= g.tokens.items) break;
-      const int64_t out = (report * g.patches.items + at.item) * g.patches.length + at.row;
-      Best best = no_best();
-      if (row_tile > 0) best = {g.of_patch[out], g.token_index[out]};
-      for (int warp = i << g.log_row_warps; warp < (i + 1) << g.log_row_warps; ++warp)
-        best = better_of<true>(best, layout.column_best(warp, column));
-      const bool found = best.index != kNowhere;
-      g.token_index[out] = found || !last ? best.index : 0;
-      if (!last)
-        g.of_patch[out] = best.value;
-      else if (found)
-        sum[i] += best.value;
-    }
-    if (last) real += g.patches.real(at.item, at.row);
+MPMA_DEVICE void gather_columns(
+    ColumnSums& sums, const ForwardArguments<T>& g, const Tiles& tiles, const ForwardLayout<T, kN>& layout,
+    int row_tile, int column_tile) {
+  constexpr int kSegment = ForwardLayout<T, kN>::kSegment;
+  const int column = thread_index();
+  if (column >= ForwardLayout<T, kN>::kColumns) return;
+  const Place at = place<kSegment>(column, tiles.first_image, column_tile * tiles.columns, g.log_column_warps);
+  if (!g.patches.within(at.item, at.row)) return;
+  const bool last = row_tile + 1 == tiles.row_tiles;
+  MPMA_UNROLL
+  for (int i = 0; i < kRowWarps; ++i) {
+    if (i >= kRowWarps >> g.log_row_warps) break;
+    const int64_t report = tiles.first_report + i;
+    if (report >= g.tokens.items) break;
+    const int64_t out = (report * g.patches.items + at.item) * g.patches.length + at.row;
+    Best best = no_best();
+    if (row_tile > 0) best = {g.of_patch[out], g.token_index[out]};
+    for (int warp = i << g.log_row_warps; warp < (i + 1) << g.log_row_warps; ++warp)
+      best = better_of_any(best, layout.column_best(warp, column));
+    const bool found = best.index != kNowhere;
+    g.token_index[out] = found || !last ? best.index : 0;
+    if (!last)
+      g.of_patch[out] = best.value;
+    else if (found)
+      sums.sum[i] += best.value;
   }
-};
+  if (last) sums.real += g.patches.real(at.item, at.row);
+}
 
 // The means of all pairs of the block, a warp each.
 template <class T, int kN>
 MPMA_DEVICE void write_means(
-    const ForwardArguments<T>& g, const Tiles& tiles, const ForwardLayout<T, kN>& layout, const RowSums<T, kN>& rows,
-    const ColumnSums<T, kN>& columns) {
+    const ForwardArguments<T>& g, const Tiles& tiles, const ForwardLayout<T, kN>& layout, const RowSums& rows,
+    const ColumnSums& columns) {
   constexpr int kColumns = ForwardLayout<T, kN>::kColumns;
   barrier();  // the maxima have been read
   const int thread = thread_index();
