@@ -5,10 +5,15 @@
 plain PyTorch; `python -m mpma_ext` says what this installation can run.
 """
 
+import importlib.util
+
 import torch  # noqa: F401  its libraries must be loaded before those that link to them
 
 try:
-    import mpma_ext._C  # noqa: F401  registers torch.ops.mpma
+    import mpma_ext._C
+
+    if importlib.util.find_spec("mpma_ext._C_cuda"):  # there is one where CUDA was built
+        import mpma_ext._C_cuda  # noqa: F401  registers the CUDA kernels
 except ImportError as error:
     raise ImportError(
         "the compiled library mpma_ext._C cannot be loaded; run `make install` in the repository, "

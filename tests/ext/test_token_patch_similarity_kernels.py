@@ -110,9 +110,7 @@ def defined(function, tokens, patches, token_mask=None, patch_mask=None):
 def assert_close_as_eager(got, eager, exact):
     for number, (ours, theirs, true) in enumerate(zip(got, eager, exact, strict=True)):
         factor = 2 if number < len(got) - 2 else 3
-        # On a GPU a product of float32 may be three of TF32, 22 bits: 2^-21 is four roundings.
-        of_float32 = 1 if BACKEND == "cpu" or INTERPRETED else 4
-        roundings = {torch.float64: 64, torch.float32: of_float32}.get(ours.dtype, 1)
+        roundings = 64 if ours.dtype == torch.float64 else 1
         floor = roundings * torch.finfo(ours.dtype).eps * max(true.abs().max().item(), 1.0)
         error = (ours.double() - true).abs().max().item()
         allowed = factor * (theirs.double() - true).abs().max().item() + floor
