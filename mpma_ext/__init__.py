@@ -10,7 +10,7 @@ import importlib.util
 import torch  # noqa: F401  its libraries must be loaded before those that link to them
 
 try:
-    import mpma_ext._C
+    import mpma_ext._C  # registers torch.ops.mpma
 
     if importlib.util.find_spec("mpma_ext._C_cuda"):  # there is one where CUDA was built
         import mpma_ext._C_cuda  # noqa: F401  registers the CUDA kernels
