@@ -8,9 +8,9 @@
 //   ...
 //   MPMA_FASTEST(forward<T>, operands_are_bfloat16)(arguments);
 //
-// Beside the body every namespace holds vector.h, matmul.h and matmul_rounded.h. What they and the body include must stand before the
-// `#pragma GCC target`, hence the headers here: a library function compiled for AVX-512 could replace the portable one
-// in the linked library.
+// Beside the body every namespace holds vector.h, matmul.h and matmul_rounded.h. What they and the body include must
+// stand before the `#pragma GCC target`, hence the headers here: a library function compiled for AVX-512 could replace
+// the portable one in the linked library.
 #pragma once
 
 #include <algorithm>
@@ -69,7 +69,7 @@
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #undef MPMA_BFLOAT16
 #define MPMA_BFLOAT16 1
 #define MPMA_ISA avx512_bfloat16
@@ -83,7 +83,7 @@
 #pragma GCC pop_options
 
 #define MPMA_FASTEST(function, bfloat16)                                                   \
-  (mpma::fastest_isa() == mpma::Isa::kAvx512Bfloat16 && (bfloat16)                         \
+  (mpma::fastest_isa() >= mpma::Isa::kAvx512Bfloat16 && (bfloat16)                         \
        ? &mpma::avx512_bfloat16::function                                                  \
        : mpma::fastest_isa() >= mpma::Isa::kAvx512 ? &mpma::avx512::function               \
        : mpma::fastest_isa() == mpma::Isa::kAvx2   ? &mpma::avx2::function                 \

@@ -35,7 +35,7 @@ void tile_product(const Product<T>& p, int64_t row, int64_t column, int64_t dept
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) sum[i][j] = add ? load(c + i * p.c_row + j * kW) : Vector<T>{};
+    for (int j = 0; j < kVectors; ++j) sum[i][j] = Vector<T>{};
   const T* a = p.a + row * p.a_row + depth0 * p.a_column;
   const T* b = p.b + depth0 * p.b_row + column;
   const int64_t a_row = p.a_row, a_column = p.a_column, b_row = p.b_row;
@@ -51,7 +51,10 @@ void tile_product(const Product<T>& p, int64_t row, int64_t column, int64_t dept
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) store(c + i * p.c_row + j * kW, sum[i][j]);
+    for (int j = 0; j < kVectors; ++j) {
+      T* to = c + i * p.c_row + j * kW;
+      store(to, add ? load(to) + sum[i][j] : sum[i][j]);
+    }
 }
 
 template <typename T, int kVectors, int... kRows>
@@ -59,7 +62,8 @@ constexpr auto tile_products(std::integer_sequence<int, kRows...>) {
   return std::array{&tile_product<T, kVectors, kRows + 1>...};
 }
 
-// C (m, n) = A (m, k) B (k, n), or C += with `add`. A has any strides, so that a transpose is a swap of two of them.
+// C (m, n) = A (m, k) B (k, n), or C += with `add`, one sum a block of kDepth terms: the error of a long sum grows with
+// the number of blocks, not of terms. A has any strides, so that a transpose is a swap of two of them.
 // Rows of B and C are contiguous and readable and writable to padded(n) columns, of which the last may be overwritten.
 template <typename T>
 void matmul(int64_t m, int64_t n, int64_t k, const Product<T>& p, bool add) {

@@ -30,14 +30,13 @@ void dense_forward(const MemoryProblem<T>& m, T* output, T* logsumexp) {
   const int64_t blocks = round_up(m.rows, kDenseBlock) / kDenseBlock, columns = values.columns;
   const int64_t stride = row_distance(kDenseTile);
   torch::stable::parallel_for(0, m.heads * blocks, 1, [&](int64_t begin, int64_t end) {
-    const cpu::Buffer<T> query(kDenseBlock * m.width), sums(kDenseBlock * columns), added(kDenseBlock * columns);
+    const cpu::Buffer<T> query(kDenseBlock * m.width), sums(kDenseBlock * columns);
     const cpu::Buffer<T> scores(kDenseBlock * stride), kept(kDenseBlock * stride);
-    T top[kDenseBlock], total[kDenseBlock], shrink[kDenseBlock];
+    T top[kDenseBlock], total[kDenseBlock];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / blocks, row0 = item % blocks * kDenseBlock;
       const int64_t rows = std::min(kDenseBlock, m.rows - row0);
       copy_rows(m.query, head, row0, rows, m.width, query.get(), m.width);
-      std::fill_n(sums.get(), rows * columns, T(0));
       std::fill_n(top, rows, kNothing);
       std::fill_n(total, rows, T(0));
       for (int64_t slot0 = 0; slot0 < m.slots; slot0 += kDenseTile) {
@@ -45,31 +44,29 @@ void dense_forward(const MemoryProblem<T>& m, T* output, T* logsumexp) {
         keys.multiply(query.get(), m.width, rows, head, slot0, n, scores.get(), stride);
         if (m.dropout.active()) dropout_tile(m.dropout, head, row0, rows, slot0, n, stride, 1, kept.get());
         for (int64_t i = 0; i < rows; ++i) {
-          T* row = scores.get() + i * stride;
-          for (int64_t j = 0; j < n; ++j) row[j] *= m.scale;
-          std::fill(row + n, row + round_up(n, kWidth<T>), kNothing);
+          T *row = scores.get() + i * stride, *const end = row + n, *const padded_end = row + round_up(n, kWidth<T>);
+          std::fill(end, padded_end, row[0]);
           Vector<T> high = Vector<T>{} + top[i];
           for (int64_t j = 0; j < n; j += kWidth<T>) {
-            const Vector<T> x = load(row + j);
+            const Vector<T> x = load(row + j) * m.scale;
+            store(row + j, x);
             high = x > high ? x : high;
           }
-          T now = high[0];
-          for (int j = 1; j < kWidth<T>; ++j) now = high[j] > now ? high[j] : now;
+          std::fill(end, padded_end, kNothing);
+          const T now = fold_lanes<T>(high, Larger{})[0];
           // Nothing but -inf so far: any finite shift gives the weights 0 that they should have.
-          const T shift = now == kNothing ? T(0) : now;
-          shrink[i] = std::exp(top[i] - shift);
+          const T shift = now == kNothing ? T(0) : now, shrink = std::exp(top[i] - shift);
+          for (int64_t d = 0; d < columns && slot0 > 0 && shrink != T(1); ++d) sums.get()[i * columns + d] *= shrink;
           Vector<T> total_here = {};
           for (int64_t j = 0; j < n; j += kWidth<T>) {
             const Vector<T> e = exp_nonpositive(load(row + j) - shift);
             store(row + j, m.dropout.active() ? e * load(kept.get() + i * stride + j) : e);
             total_here += e;
           }
-          total[i] = total[i] * shrink[i] + sum_lanes<T>(total_here);
+          total[i] = total[i] * shrink + sum_lanes<T>(total_here);
           top[i] = now;
         }
-        values.multiply(scores.get(), stride, 1, rows, head, slot0, n, added.get());
-        for (int64_t i = 0; i < rows; ++i)
-          add_tile(sums.get() + i * columns, added.get() + i * columns, columns, shrink[i]);
+        values.multiply(scores.get(), stride, rows, head, slot0, n, sums.get(), slot0 > 0);
       }
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t at = (row0 + i) * m.heads + head;
@@ -86,36 +83,37 @@ constexpr int64_t kBackwardRows = 96, kBackwardTile = 128;
 
 // The backward of dense attention. A task owns some slots of a head: it walks over all rows for each tile of them, sums
 // the gradients of their keys and values, and what they add to the gradient of the query, which is summed over the
-// tasks of a head afterwards. What a task owns depends on the sizes alone, and so does the order of every sum.
+// tasks of a head afterwards. What a task owns depends on the sizes alone, and so does the order of every sum. Sums of
+// products have no scale in them: the gradients of the query and the key get it at their end.
 template <class T>
 class DenseBackward {
  public:
   DenseBackward(const MemoryProblem<T>& m, const MemoryGradients<T>& g)
-      : m_(m), g_(g), scored_(g.query || g.key), columns_(round_up(m.width, kPanel<T>)), tiles_of_task_(tiles_of_task(m)),
+      : m_(m), g_(g), scored_(g.query || g.key), columns_(round_up(m.width, kPanel<T>)),
+        tiles_of_task_(tiles_of_task(m)),
         tasks_((m.slots + tiles_of_task_ * kBackwardTile - 1) / (tiles_of_task_ * kBackwardTile)),
+        queries_(m.query, m.heads, m.rows, m.width), grads_(g.grad_output, m.heads, m.rows, m.width),
         keys_(m.key, m.heads, m.slots, m.width), values_(m.value, m.heads, scored_ ? m.slots : 0, m.width),
-        key_rows_(m.key, m.heads, g.query ? m.slots : 0, m.width), row_(row_distance(m.width)),
-        grad_query_(g.query && tasks_ > 1 ? tasks_ * m.heads * m.rows * columns_ : 0),
-        mean_(scored_ ? m.heads * m.rows : 0) {}
+        key_rows_(m.key, m.heads, g.query ? m.slots : 0, m.width),
+        grad_query_(g.query ? tasks_ * m.heads * m.rows * columns_ : 0), mean_(scored_ ? m.heads * m.rows : 0) {}
 
   void run() {
     if (scored_) torch::stable::parallel_for(0, m_.rows, 1, [&](int64_t begin, int64_t end) { means(begin, end); });
     torch::stable::parallel_for(0, m_.heads * tasks_, 1, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(*this);
+      const Scratch scratch(columns_);
       for (int64_t i = begin; i < end; ++i) task(i / tasks_, i % tasks_, scratch);
     });
-    if (g_.query && tasks_ > 1)
+    if (g_.query)
       torch::stable::parallel_for(0, m_.rows, 1, [&](int64_t begin, int64_t end) { sum_query(begin, end); });
   }
 
  private:
   struct Scratch {
-    cpu::Buffer<T> query, grad, weights, grads, kept, key_sums, value_sums, added;
+    cpu::Buffer<T> weights, grads, kept, key_sums, value_sums;
 
-    explicit Scratch(const DenseBackward& b)
-        : query(kBackwardRows * b.row_), grad(kBackwardRows * b.row_), weights(kBackwardRows * kStride),
-          grads(kBackwardRows * kStride), kept(kBackwardRows * kStride), key_sums(kBackwardTile * b.columns_),
-          value_sums(kBackwardTile * b.columns_), added(std::max(kBackwardRows, kBackwardTile) * b.columns_) {}
+    explicit Scratch(int64_t columns)
+        : weights(kBackwardRows * kStride), grads(kBackwardRows * kStride), kept(kBackwardRows * kStride),
+          key_sums(kBackwardTile * columns), value_sums(kBackwardTile * columns) {}
   };
 
   static constexpr int64_t kStride = row_distance(kBackwardTile);
@@ -128,8 +126,8 @@ class DenseBackward {
     return (tiles + tasks - 1) / tasks;
   }
 
-  T* grad_query(int64_t head, int64_t task) const {
-    return grad_query_.get() + (head * tasks_ + task) * m_.rows * columns_;
+  T* grad_query(int64_t head, int64_t task, int64_t row) const {
+    return grad_query_.get() + ((head * tasks_ + task) * m_.rows + row) * columns_;
   }
 
   // <grad_output, output> of every row, by head.
@@ -148,18 +146,18 @@ class DenseBackward {
     const int64_t last = std::min(m_.slots, first + tiles_of_task_ * kBackwardTile);
     for (int64_t slot0 = first; slot0 < last; slot0 += kBackwardTile) {
       const int64_t slots = std::min(kBackwardTile, last - slot0);
-      std::fill_n(s.key_sums.get(), slots * columns_, T(0));
-      std::fill_n(s.value_sums.get(), slots * columns_, T(0));
-      for (int64_t row0 = 0; row0 < m_.rows; row0 += kBackwardRows) {
+      int64_t row0 = 0;
+      do {  // once even without rows, which sets the sums to 0
         const int64_t rows = std::min(kBackwardRows, m_.rows - row0);
         weights_and_gradients(head, row0, rows, slot0, slots, s);
-        if (g_.value) add_product(s.weights.get(), slots, s.grad.get(), rows, s.added.get(), s.value_sums.get());
-        if (g_.key) add_product(s.grads.get(), slots, s.query.get(), rows, s.added.get(), s.key_sums.get());
-        if (g_.query) {
-          key_rows_.multiply(s.grads.get(), kStride, 1, rows, head, slot0, slots, s.added.get());
-          add_to_query(head, number, row0, rows, slot0 == first, s.added.get());
-        }
-      }
+        const bool add = row0 > 0;
+        if (g_.value) add_product(s.weights.get(), slots, grads_.at(head, row0), rows, s.value_sums.get(), add);
+        if (g_.key) add_product(s.grads.get(), slots, queries_.at(head, row0), rows, s.key_sums.get(), add);
+        if (g_.query)
+          key_rows_.multiply(
+              s.grads.get(), kStride, rows, head, slot0, slots, grad_query(head, number, row0), slot0 > first);
+        row0 += kBackwardRows;
+      } while (row0 < m_.rows);
       for (int64_t i = 0; i < slots; ++i) {
         const int64_t at = ((slot0 + i) * m_.heads + head) * m_.width;
         for (int64_t d = 0; g_.key && d < m_.width; ++d) g_.key[at + d] = s.key_sums.get()[i * columns_ + d] * m_.scale;
@@ -168,30 +166,17 @@ class DenseBackward {
     }
   }
 
-  // sums (slots, columns) += the transpose of weights (rows, slots) times operand (rows, width).
-  void add_product(const T* weights, int64_t slots, const T* operand, int64_t rows, T* added, T* sums) const {
-    matmul_rounded<T>(slots, m_.width, rows, {weights, 1, kStride, operand, row_, added, columns_}, false);
-    add_tile(sums, added, slots * columns_, T(1));
+  // sums (slots, columns) = the transpose of weights (rows, slots) times operand (rows, width), or += with `add`.
+  void add_product(const T* weights, int64_t slots, const T* operand, int64_t rows, T* sums, bool add) const {
+    matmul_rounded<T>(slots, m_.width, rows, {weights, 1, kStride, operand, queries_.stride, sums, columns_}, add);
   }
 
-  // What a tile of slots adds to the gradient of a block of rows, or starts it with: of the query itself where a head has
-  // one task, or else of this task's share.
-  void add_to_query(int64_t head, int64_t number, int64_t row0, int64_t rows, bool starts, const T* added) const {
-    for (int64_t i = 0; i < rows; ++i, added += columns_) {
-      T* sum = tasks_ > 1 ? grad_query(head, number) + (row0 + i) * columns_
-                          : g_.query + ((row0 + i) * m_.heads + head) * m_.width;
-      for (int64_t d = 0; d < m_.width; ++d) sum[d] = (starts ? T(0) : sum[d]) + added[d] * m_.scale;
-    }
-  }
-
-  // Of a block of rows and a tile of slots: the weights after dropout, and the gradients of the scores. What these are
-  // multiplied with has no scale in it: the gradients of the query and the key get it at their end.
+  // Of a block of rows and a tile of slots: the weights after dropout, and the gradients of the scores.
   void weights_and_gradients(
       int64_t head, int64_t row0, int64_t rows, int64_t slot0, int64_t slots, const Scratch& s) const {
-    copy_rows(m_.query, head, row0, rows, m_.width, s.query.get(), row_);
-    copy_rows(g_.grad_output, head, row0, rows, m_.width, s.grad.get(), row_);
-    keys_.multiply(s.query.get(), row_, rows, head, slot0, slots, s.weights.get(), kStride);
-    if (scored_) values_.multiply(s.grad.get(), row_, rows, head, slot0, slots, s.grads.get(), kStride);
+    keys_.multiply(queries_.at(head, row0), queries_.stride, rows, head, slot0, slots, s.weights.get(), kStride);
+    if (scored_)
+      values_.multiply(grads_.at(head, row0), grads_.stride, rows, head, slot0, slots, s.grads.get(), kStride);
     const bool dropping = m_.dropout.active();
     if (dropping) dropout_tile(m_.dropout, head, row0, rows, slot0, slots, kStride, 1, s.kept.get());
     for (int64_t i = 0; i < rows; ++i) {
@@ -208,22 +193,22 @@ class DenseBackward {
 
   void sum_query(int64_t begin, int64_t end) const {
     for (int64_t row = begin; row < end; ++row)
-      for (int64_t head = 0; head < m_.heads; ++head) {
-        T* sum = g_.query + (row * m_.heads + head) * m_.width;
-        std::memcpy(sum, grad_query(head, 0) + row * columns_, m_.width * sizeof(T));
-        for (int64_t task = 1; task < tasks_; ++task)
-          for (int64_t d = 0; d < m_.width; ++d) sum[d] += grad_query(head, task)[row * columns_ + d];
-      }
+      for (int64_t head = 0; head < m_.heads; ++head)
+        for (int64_t d = 0; d < m_.width; ++d) {
+          T sum = grad_query(head, 0, row)[d];
+          for (int64_t task = 1; task < tasks_; ++task) sum += grad_query(head, task, row)[d];
+          g_.query[(row * m_.heads + head) * m_.width + d] = sum * m_.scale;
+        }
   }
 
   const MemoryProblem<T>& m_;
   const MemoryGradients<T>& g_;
   bool scored_;  // somebody needs the gradients of the scores
   int64_t columns_, tiles_of_task_, tasks_;
-  RowPanels<T> keys_, values_;                              // for products over the width
-  ColumnPanels<T> key_rows_;                                // for the sum over the slots
-  int64_t row_;                                             // distance of the rows of a block
-  cpu::Buffer<T> grad_query_, mean_;                        // [head][task][row][column], [head][row]
+  HeadRows<T> queries_, grads_;
+  RowPanels<T> keys_, values_;        // for products over the width
+  ColumnPanels<T> key_rows_;          // for the sum over the slots
+  cpu::Buffer<T> grad_query_, mean_;  // [head][task][row][column], [head][row]
 };
 
 template <class T>

@@ -19,7 +19,8 @@ struct RowPanels {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t head = item / panels, row0 = item % panels * kPanel<T>;
         const int64_t real = std::min(kPanel<T>, rows - row0);
-        pack_transposed<T>(source.at(row0, head), source.row_stride, real, width, data.get() + item * width * kPanel<T>);
+        T* panel = data.get() + item * width * kPanel<T>;
+        pack_transposed<T>(source.at(row0, head), source.row_stride, real, width, panel);
       }
     });
   }
@@ -54,24 +55,33 @@ struct ColumnPanels {
     });
   }
 
-  // c (m, columns) = a (m, n), of any strides, times the rows row0 ... row0 + n - 1.
+  // c (m, columns) = a (m, n) times the rows row0 ... row0 + n - 1, or c += with `add`.
   void multiply(
-      const T* a, int64_t a_row, int64_t a_column, int64_t m, int64_t head, int64_t row0, int64_t n, T* c) const {
+      const T* a, int64_t a_row, int64_t m, int64_t head, int64_t row0, int64_t n, T* c, bool add) const {
     const T* panel = data.get() + head * columns * rows + row0 * kPanel<T>;
     for (int64_t j = 0; j < columns; j += kPanel<T>, panel += rows * kPanel<T>)
-      matmul_rounded<T>(m, kPanel<T>, n, {a, a_row, a_column, panel, kPanel<T>, c + j, columns}, false);
+      matmul_rounded<T>(m, kPanel<T>, n, {a, a_row, 1, panel, kPanel<T>, c + j, columns}, add);
   }
 };
 
-// sums = sums * shrink + added. Sums of whole tiles, not of single terms, are what a long sum is made of: its error
-// then grows with the number of tiles.
+// Rows by head, [head][row][width], for products that read a block of them many times, as their left or right side.
 template <class T>
-inline void add_tile(T* sums, const T* added, int64_t n, T shrink) {
-  for (int64_t i = 0; i < n; i += kWidth<T>) store(sums + i, load(sums + i) * shrink + load(added + i));
-}
+struct HeadRows {
+  int64_t rows, stride;
+  cpu::Buffer<T> data;
 
-// Rows row0 ... row0 + count - 1 of one head, near each other: a block that a product reads many times, as its left or
-// its right side.
+  HeadRows(const MemoryView<T>& source, int64_t heads, int64_t rows, int64_t width)
+      : rows(rows), stride(row_distance(width)), data(heads * rows * stride) {
+    torch::stable::parallel_for(0, heads * rows, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        std::memcpy(data.get() + i * stride, source.at(i % rows, i / rows), width * sizeof(T));
+    });
+  }
+
+  const T* at(int64_t head, int64_t row) const { return data.get() + (head * rows + row) * stride; }
+};
+
+// Rows row0 ... row0 + count - 1 of one head, near each other.
 template <class T>
 inline void copy_rows(
     const MemoryView<T>& from, int64_t head, int64_t row0, int64_t count, int64_t width, T* to, int64_t to_row) {

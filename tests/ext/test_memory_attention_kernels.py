@@ -95,6 +95,8 @@ def test_the_library_serves_the_operator():
 def test_error_is_at_most_that_of_eager(dtype, shape, dropout_p):
     """Twice eager's in the same dtype on the same slots for the output, three times for gradients.
 
+    Eager's is the largest over a few orders of the slots, which the definition does not depend on:
+    in one order alone its sums may happen to be nearly exact.
     float64, whose eager evaluation is the truth itself, is held to eager's float32 error times the
     ratio of their roundings. The truth's own error is allowed for, and one rounding of the largest
     element in that dtype: where eager happens to be exact, a result rounded once more passes.
@@ -118,16 +120,20 @@ def test_error_is_at_most_that_of_eager(dtype, shape, dropout_p):
         assert torch.equal(indices.long(), kept)
 
     truth, turned = evaluated(torch.float64), evaluated(torch.float64, kept.flip(-1))
-    held = [*zip(NAMES, (2, 3, 3, 3), ours, evaluated(eager_dtype), truth, turned, strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(kept.shape[-1], generator=generator) for _ in range(4)]
+    eager = [evaluated(eager_dtype, kept[..., order]) for order in orders]
+    held = [*zip(NAMES, (2, 3, 3, 3), ours, zip(*eager, strict=True), truth, turned, strict=True)]
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
     plain = scores_of(*(t.float() for t in tensors[:2]), 0.3).gather(-1, kept).logsumexp(-1)
     exact = scores.gather(-1, kept).logsumexp(-1)
-    held.append(("logsumexp", 2, logsumexp, plain, exact, exact))
-    for name, factor, got, eager, wanted, other_order in held:
+    held.append(("logsumexp", 2, logsumexp, [plain], exact, exact))
+    for name, factor, got, plain, wanted, other_order in held:
         kind = statistics if name == "logsumexp" else dtype
         assert got.dtype == kind and got.shape == wanted.shape and got.is_contiguous(), name
         unit = torch.finfo(kind).eps
-        allowed = factor * largest(eager - wanted) * unit / torch.finfo(eager.dtype).eps
+        error = max(largest(each - wanted) for each in plain)
+        allowed = factor * error * unit / torch.finfo(plain[0].dtype).eps
         allowed += largest(other_order - wanted) + unit * largest(wanted)
         assert largest(got - wanted) <= allowed, f"{name}: {largest(got - wanted)} > {allowed}"
 

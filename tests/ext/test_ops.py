@@ -248,10 +248,15 @@ def test_available_backends_and_report():
 
 
 def test_the_report_names_the_instructions_in_use():
-    for limit, name in (("default", "portable vectors"), ("avx2", "AVX2|portable vectors")):
+    for variable, limit, name in (
+        ("ATEN_CPU_CAPABILITY", "default", "portable vectors"),
+        ("ATEN_CPU_CAPABILITY", "avx2", "AVX2|portable vectors"),
+        ("ONEDNN_MAX_CPU_ISA", "avx512_core_bf16", ".*(?<!AMX)"),
+        ("ONEDNN_MAX_CPU_ISA", "avx512_core_amx", ".*"),
+    ):
         done = subprocess.run(
             [sys.executable, "-m", "mpma_ext"],
-            env=os.environ | {"ATEN_CPU_CAPABILITY": limit},
+            env=os.environ | {variable: limit},
             capture_output=True,
             text=True,
             check=True,
