@@ -17,11 +17,17 @@ constexpr int64_t kPackedRow = kPairs + kWords;  // not a power of two, as row_d
 // Pairs that `depth` terms are packed to, with zeros in the last: whole registers of AMX.
 constexpr int64_t padded_pairs(int64_t depth) { return (depth + 2 * kWords - 1) / (2 * kWords) * kWords; }
 
+// 32 terms in their order.
+inline Words round_terms(Vector<float> first, Vector<float> second) {
+  return (Words)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+
 inline Words round_pairs(Vector<float> even, Vector<float> odd) {
-  typedef uint16_t Halves __attribute__((vector_size(32)));
-  const Words low = __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)even), Words);
-  const Words high = __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)odd), Words);
-  return low | high << 16;
+  typedef uint16_t Halves __attribute__((vector_size(MPMA_VECTOR_BYTES)));
+  const Halves terms = (Halves)round_terms(even, odd);
+  return (Words)__builtin_shufflevector(
+      terms, terms, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13,
+      29, 14, 30, 15, 31);
 }
 
 // to[pair][column], kPackedColumns apart, of `depth` rows of B, whose panels of columns are b_panel apart. Columns are
@@ -36,18 +42,20 @@ inline void pack_right(
   }
 }
 
+// The first `real` elements, zeros from there.
+inline Vector<float> load_first(const float* from, int64_t real) {
+  const auto mask = static_cast<__mmask16>(real >= kWords ? 0xFFFF : real > 0 ? (1 << real) - 1 : 0);
+  return (Vector<float>)_mm512_maskz_loadu_ps(mask, from);
+}
+
 // to[row][pair], kPackedRow apart, of rows of A that are contiguous.
 inline void pack_left_rows(const float* a, int64_t a_row, int64_t rows, int64_t depth, uint32_t* to) {
-  const auto pack = [](const float* terms, uint32_t* pairs) {
-    store(pairs, (Words)_mm512_cvtne2ps_pbh((__m512)load(terms + kWords), (__m512)load(terms)));
-  };
   for (int64_t i = 0; i < rows; ++i, a += a_row, to += kPackedRow) {
     int64_t k = 0;
-    for (; k + 2 * kWords <= depth; k += 2 * kWords) pack(a + k, to + k / 2);
+    for (; k + 2 * kWords <= depth; k += 2 * kWords) store(to + k / 2, round_terms(load(a + k), load(a + k + kWords)));
     if (k == depth) continue;
-    float last[2 * kWords] = {};
-    std::memcpy(last, a + k, (depth - k) * sizeof(float));
-    pack(last, to + k / 2);
+    const int64_t left = depth - k;
+    store(to + k / 2, round_terms(load_first(a + k, left), load_first(a + k + kWords, left - kWords)));
   }
 }
 
@@ -90,10 +98,7 @@ inline void transpose_words(Words (&x)[kWords]) {
 inline void pack_left_columns(const float* a, int64_t a_column, int64_t rows, int64_t depth, uint32_t* to) {
   for (int64_t i = 0; i < rows; i += kWords)
     for (int64_t pair = 0; pair < padded_pairs(depth); pair += kWords) {
-      const __mmask16 real = rows - i < kWords ? (1 << (rows - i)) - 1 : 0xFFFF;
-      const auto at = [&](int64_t k) {
-        return k < depth ? (Vector<float>)_mm512_maskz_loadu_ps(real, a + i + k * a_column) : Vector<float>{};
-      };
+      const auto at = [&](int64_t k) { return load_first(a + i + k * a_column, k < depth ? rows - i : 0); };
       Words block[kWords];
 #pragma GCC unroll 16
       for (int64_t j = 0; j < kWords; ++j) block[j] = round_pairs(at(2 * (pair + j)), at(2 * (pair + j) + 1));

@@ -2,7 +2,8 @@
 //
 // Forward and backward work on one report and one image at a time, whose scores stay in the second-level cache; the
 // backward recomputes them. |c|^2 = b^T (V V^T) b needs one product over the patches instead of two over the features
-// in the backward: cheaper up to P = 2 D, beyond that c = b V is formed.
+// in the backward: cheaper up to P = 2 D, beyond that c = b V is formed. The Gram matrix is never rounded to bfloat16,
+// since patches may cancel, and so pays only up to P = D / 2 where the other product may be.
 
 namespace mpma::MPMA_ISA::similarity {
 
@@ -16,7 +17,7 @@ T dot(const T* x, const T* y, int64_t n) {
 // Whether |c|^2 of an image with so many patches comes by its Gram matrix.
 template <typename T>
 bool goes_by_gram(const cpu::RealRows<T>& patches, int64_t count) {
-  return count <= 2 * patches.width;
+  return count <= (MPMA_BFLOAT16 ? patches.width / 2 : 2 * patches.width);
 }
 
 // Rows of the largest Gram matrix that is formed.
@@ -80,7 +81,7 @@ class Pair {
             {b_.get(), stride_, 1, gram_.get() + p, stride_, product_.get() + p, stride_}, false);
       }
     } else {
-      matmul<T>(
+      matmul_rounded<T>(
           t_, patches_.width, p_, {b_.get(), stride_, 1, v_, patches_.stride, attended_.get(), patches_.stride}, false);
     }
     for (int64_t t = 0; t < t_; ++t) {
@@ -130,7 +131,7 @@ class Pair {
             std::min(p_, p + kPanel<T>), std::min(kPanel<T>, p_ - p), t_,
             {b_.get(), 1, stride_, scaled + p, stride_, grad_gram + p, stride_}, true);
     } else {
-      matmul<T>(
+      matmul_rounded<T>(
           p_, patches_.width, t_, {b_.get(), 1, stride_, scaled, distance, grad_patches, patches_.stride}, true);
     }
   }
@@ -172,14 +173,15 @@ class Pair {
     matmul_panels<T>(t_, p_, patches_.width, rows, patches_.stride, transposed_.get(), out, stride_);
   }
 
-  // The scores, panel by panel, and a, the softmax over the tokens, of each while it is in the first-level cache.
+  // The scores, panel by panel, and a, the softmax over the tokens, of each while it is in the first-level cache. A
+  // product that packs the tokens for itself is better done at once.
   void score() {
-    for (int64_t p = 0; p < p_; p += kPanel<T>) {
-      matmul_rounded<T>(
-          t_, std::min(kPanel<T>, p_ - p), patches_.width,
-          {w_, patches_.stride, 1, transposed_.get() + p * patches_.width, kPanel<T>, scores_.get() + p, stride_},
-          false);
-      for (int64_t q = p; q < std::min(p + kPanel<T>, p_); q += kWidth<T>) softmax_over_tokens(q);
+    const int64_t columns = MPMA_BFLOAT16 ? p_ : kPanel<T>;
+    for (int64_t p = 0; p < p_; p += columns) {
+      const int64_t real = std::min(columns, p_ - p);
+      const T* panels = transposed_.get() + p * patches_.width;
+      matmul_panels<T>(t_, real, patches_.width, w_, patches_.stride, panels, scores_.get() + p, stride_);
+      for (int64_t q = p; q < p + real; q += kWidth<T>) softmax_over_tokens(q);
     }
   }
 
