@@ -229,9 +229,10 @@ def _ratio_at_gemm_rate(row: Row) -> float:
 
 
 def _gemm(row: Row) -> float:
-    """GFLOP/s that are to be had: the CPU kernels may multiply bfloat16 in float32."""
+    """GFLOP/s that are to be had: the CPU kernels may multiply bfloat16 in float32, not reverse."""
     rates = row.machine["gemm_gflops"]
-    return max(rates.values()) if row["backend"] == "cpu" else rates[row["dtype"]]
+    own = rates[row["dtype"]]
+    return max(own, rates["float32"]) if row["backend"] == "cpu" else own
 
 
 def _machine(rows: Sequence[Row]) -> str:

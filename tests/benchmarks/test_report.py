@@ -32,6 +32,7 @@ ROW = {
     "ratio_p80": 2.6,
     "ours_done_gflop": 0.5,  # 2.5 ms at 200 GFLOP/s
 }
+SET_OF = {dtype: name for name, dtype in report.GOAL_SETS.items()}
 for _name, _ms in (("ours", 4.0), ("baseline", 10.0)):
     ROW |= {f"{_name}_ms": _ms, f"{_name}_gflops": 400 / _ms}
     ROW |= {f"{_name}_peak_bytes": int(_ms * 1e6)}
@@ -67,6 +68,15 @@ def test_a_goal_that_is_reached_and_one_that_is_not(tmp_path):
     # Not what rounds to the goal: what reaches it.
     text = report.markdown(results(tmp_path / "slow", [ROW | {"ratio": 2.499}]))
     assert "| **no** | 2.50 ×" in line_of(text, "B32 T64 P49 D128", "**field**")
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("float32", "50%"), ("bfloat16", "10%")])
+def test_a_share_is_of_the_rate_that_the_dtype_can_have(tmp_path, monkeypatch, dtype, share):
+    """float32 cannot go at the rate of bfloat16 on a processor that is faster there."""
+    rates = {"float32": 200.0, "bfloat16": 1000.0}
+    monkeypatch.setitem(MACHINE, "gemm_gflops", rates)
+    text = report.markdown(results(tmp_path, [ROW | {"dtype": dtype}], SET_OF[dtype]))
+    assert f"| 100 ({share}) · 40" in line_of(text, "B32 T64 P49 D128", "**field**")
 
 
 def test_the_ratio_is_to_the_fastest_baseline(tmp_path):
