@@ -135,8 +135,11 @@ class DenseBackward {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t head = 0; head < m_.heads; ++head) {
         const T *grad = g_.grad_output.at(row, head), *output = g_.output.at(row, head);
-        T sum = 0;
-        for (int64_t d = 0; d < m_.width; ++d) sum += grad[d] * output[d];
+        const int64_t whole = m_.width / kWidth<T> * kWidth<T>;
+        Vector<T> sums = {};
+        for (int64_t d = 0; d < whole; d += kWidth<T>) sums += load(grad + d) * load(output + d);
+        T sum = sum_lanes<T>(sums);
+        for (int64_t d = whole; d < m_.width; ++d) sum += grad[d] * output[d];
         mean_.get()[head * m_.rows + row] = sum;
       }
   }
@@ -193,12 +196,14 @@ class DenseBackward {
 
   void sum_query(int64_t begin, int64_t end) const {
     for (int64_t row = begin; row < end; ++row)
-      for (int64_t head = 0; head < m_.heads; ++head)
-        for (int64_t d = 0; d < m_.width; ++d) {
-          T sum = grad_query(head, 0, row)[d];
-          for (int64_t task = 1; task < tasks_; ++task) sum += grad_query(head, task, row)[d];
-          g_.query[(row * m_.heads + head) * m_.width + d] = sum * m_.scale;
+      for (int64_t head = 0; head < m_.heads; ++head) {
+        T *sum = grad_query(head, 0, row), *out = g_.query + (row * m_.heads + head) * m_.width;
+        for (int64_t task = 1; task < tasks_; ++task) {
+          const T* of_task = grad_query(head, task, row);
+          for (int64_t d = 0; d < columns_; d += kWidth<T>) store(sum + d, load(sum + d) + load(of_task + d));
         }
+        for (int64_t d = 0; d < m_.width; ++d) out[d] = sum[d] * m_.scale;
+      }
   }
 
   const MemoryProblem<T>& m_;
