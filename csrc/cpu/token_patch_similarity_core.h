@@ -2,8 +2,8 @@
 //
 // Forward and backward work on one report and one image at a time, whose scores stay in the second-level cache; the
 // backward recomputes them. |c|^2 = b^T (V V^T) b needs one product over the patches instead of two over the features
-// in the backward: cheaper up to P = 2 D, beyond that c = b V is formed. The Gram matrix is never rounded to bfloat16,
-// since patches may cancel, and so pays only up to P = D / 2 where the other product may be.
+// in the backward: cheaper up to P = 2 D, beyond that c = b V is formed. Neither b nor the Gram matrix is ever rounded to
+// bfloat16: the result has float32's accuracy, and patches may cancel.
 
 namespace mpma::MPMA_ISA::similarity {
 
@@ -17,7 +17,7 @@ T dot(const T* x, const T* y, int64_t n) {
 // Whether |c|^2 of an image with so many patches comes by its Gram matrix.
 template <typename T>
 bool goes_by_gram(const cpu::RealRows<T>& patches, int64_t count) {
-  return count <= (MPMA_BFLOAT16 ? patches.width / 2 : 2 * patches.width);
+  return count <= 2 * patches.width;
 }
 
 // Rows of the largest Gram matrix that is formed.
@@ -81,7 +81,7 @@ class Pair {
             {b_.get(), stride_, 1, gram_.get() + p, stride_, product_.get() + p, stride_}, false);
       }
     } else {
-      matmul_rounded<T>(
+      matmul<T>(
           t_, patches_.width, p_, {b_.get(), stride_, 1, v_, patches_.stride, attended_.get(), patches_.stride}, false);
     }
     for (int64_t t = 0; t < t_; ++t) {
@@ -131,7 +131,7 @@ class Pair {
             std::min(p_, p + kPanel<T>), std::min(kPanel<T>, p_ - p), t_,
             {b_.get(), 1, stride_, scaled + p, stride_, grad_gram + p, stride_}, true);
     } else {
-      matmul_rounded<T>(
+      matmul<T>(
           p_, patches_.width, t_, {b_.get(), 1, stride_, scaled, distance, grad_patches, patches_.stride}, true);
     }
   }
