@@ -160,8 +160,6 @@ inline void multiply_packed(const PackedProduct& p) {
     }
 }
 
-#if defined(__linux__)
-
 // Two by two registers of C (0 to 3), with two of A (4, 5) and two of B (6, 7).
 template <bool kTwoRows, bool kTwoColumns>
 inline void amx_tile(const PackedProduct& p, int64_t row, int64_t column) {
@@ -229,8 +227,6 @@ inline void multiply_amx(const PackedProduct& p) {
   }
   _tile_release();
 }
-
-#endif
 
 // As matmul. A has contiguous rows or contiguous columns; panels of B's columns are b_panel apart.
 inline void matmul_bfloat16(int64_t m, int64_t n, int64_t k, const Product<float>& p, int64_t b_panel, bool add) {
