@@ -16,6 +16,12 @@ constexpr int64_t row_distance(int64_t columns) { return (padded(columns) / kCol
 constexpr int kTileRows = MPMA_VECTOR_BYTES == 64 ? 8 : 6;
 constexpr int kTileVectors = 2;
 constexpr int64_t kDepth = 256;  // a panel of B of this many rows stays in the first-level cache
+// Rows of a matrix that are far apart, half a page or more, cost an entry of the translation buffer each.
+template <typename T>
+constexpr bool far_apart(int64_t row) {
+  return row * static_cast<int64_t>(sizeof(T)) >= 2048;
+}
+constexpr int64_t kTilesToPack = 4;  // so many tiles of A pay for packing a panel of B whose rows are far apart
 
 template <typename T>
 struct Product {
@@ -27,19 +33,28 @@ struct Product {
   int64_t c_row;
 };
 
+// Columns that are summed in registers together, and so a panel's.
+template <typename T>
+constexpr int64_t kPanel = kTileVectors * kWidth<T>;
+
 template <typename T, int kVectors, int kRows>
-void tile_product(const Product<T>& p, int64_t row, int64_t column, int64_t depth0, int64_t depth1, bool add) {
+void tile_product(const Product<T>& p, int64_t depth, bool add) {
   constexpr int kW = kWidth<T>;
-  T* c = p.c + row * p.c_row + column;
+  const auto c = [&](int i, int j) { return p.c + i * p.c_row + j * kW; };
   Vector<T> sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) sum[i][j] = Vector<T>{};
-  const T* a = p.a + row * p.a_row + depth0 * p.a_column;
-  const T* b = p.b + depth0 * p.b_row + column;
+  if (far_apart<T>(p.c_row)) {  // on their way while the sums are made
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) __builtin_prefetch(c(i, j), 1);
+  }
+  const T *a = p.a, *b = p.b;
   const int64_t a_row = p.a_row, a_column = p.a_column, b_row = p.b_row;
-  for (int64_t k = depth0; k < depth1; ++k, a += a_column, b += b_row) {
+  for (int64_t k = 0; k < depth; ++k, a += a_column, b += b_row) {
     Vector<T> right[kVectors];
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) right[j] = load(b + j * kW);
@@ -51,10 +66,7 @@ void tile_product(const Product<T>& p, int64_t row, int64_t column, int64_t dept
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) {
-      T* to = c + i * p.c_row + j * kW;
-      store(to, add ? load(to) + sum[i][j] : sum[i][j]);
-    }
+    for (int j = 0; j < kVectors; ++j) store(c(i, j), add ? load(c(i, j)) + sum[i][j] : sum[i][j]);
 }
 
 template <typename T, int kVectors, int... kRows>
@@ -70,26 +82,32 @@ void matmul(int64_t m, int64_t n, int64_t k, const Product<T>& p, bool add) {
   static constexpr auto wide = tile_products<T, kTileVectors>(std::make_integer_sequence<int, kTileRows>());
   static constexpr auto narrow = tile_products<T, 1>(std::make_integer_sequence<int, kTileRows>());
   const int64_t tiles = (m + kTileRows - 1) / kTileRows;
+  alignas(64) T panel[kDepth * kPanel<T>];
   int64_t depth0 = 0;
   do {  // once even for k = 0, which sets C to 0
-    const int64_t depth1 = std::min(k, depth0 + kDepth);
-    for (int64_t column = 0; column < n;) {
+    const int64_t depth = std::min(kDepth, k - depth0);
+    for (int64_t column = 0; column < n; column += kPanel<T>) {
       const bool single = n - column <= kWidth<T>;
+      const T* b = p.b + depth0 * p.b_row + column;
+      int64_t b_row = p.b_row;
+      if (far_apart<T>(b_row) && tiles >= kTilesToPack) {
+        const int64_t columns = (single ? 1 : kTileVectors) * kWidth<T>;
+        for (int64_t i = 0; i < depth; ++i)
+          for (int64_t j = 0; j < columns; j += kWidth<T>) store(panel + i * kPanel<T> + j, load(b + i * b_row + j));
+        b = panel, b_row = kPanel<T>;
+      }
       int64_t row = 0;
       for (int64_t tile = 0; tile < tiles; ++tile) {  // rows shared out evenly: no tile of a row or two is left over
         const int64_t rows = m / tiles + (tile < m % tiles);
-        (single ? narrow : wide)[rows - 1](p, row, column, depth0, depth1, add || depth0 > 0);
+        const T* a = p.a + row * p.a_row + depth0 * p.a_column;
+        (single ? narrow : wide)[rows - 1](
+            {a, p.a_row, p.a_column, b, b_row, p.c + row * p.c_row + column, p.c_row}, depth, add || depth0 > 0);
         row += rows;
       }
-      column += (single ? 1 : kTileVectors) * kWidth<T>;
     }
-    depth0 = depth1;
+    depth0 += kDepth;
   } while (depth0 < k);
 }
-
-// Columns that are summed in registers together, and so a panel's.
-template <typename T>
-constexpr int64_t kPanel = kTileVectors * kWidth<T>;
 
 // to (4, 4) = from (4, 4), transposed.
 template <typename A>

@@ -28,7 +28,7 @@ SimilarityProblem<T> problem_of(
     const Tensor& tokens, const Tensor& patches, const std::optional<Tensor>& token_mask,
     const std::optional<Tensor>& patch_mask, double attention_temperature, double pooling_temperature) {
   check_operands(tokens, patches, token_mask, patch_mask);
-  const int64_t stride = portable::padded(tokens.size(2));
+  const int64_t stride = portable::row_distance(tokens.size(2));
   SimilarityProblem<T> problem{
       RealRows<T>(tokens, token_mask, stride),
       RealRows<T>(patches, patch_mask, stride),

@@ -375,34 +375,23 @@ void backward(const SimilarityProblem<T>& problem, const T* grad, T* grad_tokens
       if (grad_patches && report1 == tokens.items) pair.finish_patches(grad_gram, grad_image);
     }
     if (!grad_patches) return;
-    const int64_t first = tokens.start[report0], last = tokens.start[report1], width = tokens.width;
-    const cpu::Buffer<T> left(kDepth * packed_width<kTileRows>(stride)), right(kDepth * packed_width<kPanel<T>>(width));
-    for (int64_t row = first; row < last; row += kDepth) {
-      const int64_t rows = std::min(kDepth, last - row);
-      pack_columns<T, kPanel<T>>(tokens.data + row * tokens.stride, tokens.stride, rows, width, right.get());
-      for (int64_t image = begin; image < end; ++image) {
-        const T* grad_scores = held.get() + ((image - image0) * rows_held + row - first) * stride;
-        pack_columns<T, kTileRows>(grad_scores, stride, rows, patches.count(image), left.get());
-        add_product<T>(
-            patches.count(image), width, rows,
-            {left.get(), 1, kTileRows, right.get(), kPanel<T>, grad_patches + patches.start[image] * patches.stride,
-             patches.stride},
-            kTileRows * rows);
-      }
-    }
+    const int64_t first = tokens.start[report0], last = tokens.start[report1];
+    for (int64_t image = begin; image < end; ++image)
+      matmul_rounded<T>(
+          patches.count(image), tokens.width, last - first,
+          {held.get() + (image - image0) * rows_held * stride, 1, stride, tokens.data + first * tokens.stride,
+           tokens.stride, grad_patches + patches.start[image] * patches.stride, patches.stride},
+          true);
   };
   const auto token_half = [&](int64_t image0, int64_t image1, int64_t first, int64_t begin, int64_t end) {
-    const cpu::Buffer<T> columns(patches.largest_count() * packed_width<kPanel<T>>(tokens.width));
     for (int64_t image = image0; image < image1; ++image) {
       const int64_t p = patches.count(image), slot = (image - image0) * rows_held - first;
       if (p == 0) continue;
-      pack_columns<T, kPanel<T>>(patches.item(image), patches.stride, p, tokens.width, columns.get());
-      for (int64_t row = begin; row < end; row += kDepth)
-        add_product<T>(
-            std::min(kDepth, end - row), tokens.width, p,
-            {held.get() + (slot + row) * stride, stride, 1, columns.get(), kPanel<T>,
-             grad_tokens + row * tokens.stride, tokens.stride},
-            kTileRows * stride);
+      matmul_rounded<T>(
+          end - begin, tokens.width, p,
+          {held.get() + (slot + begin) * stride, stride, 1, patches.item(image), patches.stride,
+           grad_tokens + begin * tokens.stride, tokens.stride},
+          true);
       for (int64_t row = begin; row < end; ++row) sum_of_itself[row] += of_itself.get()[slot + row];
     }
   };
