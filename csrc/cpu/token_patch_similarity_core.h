@@ -3,6 +3,7 @@
 // Forward and backward work on one report and one image at a time, whose scores stay in the second-level cache; the
 // backward recomputes them. |c|^2 = b^T (V V^T) b needs one product over the patches instead of two over the features
 // in the backward: cheaper up to P = 2 D, beyond that c = b V is formed.
+#include "cpu/columns.h"
 
 namespace mpma::MPMA_ISA::similarity {
 
@@ -11,28 +12,6 @@ T dot(const T* x, const T* y, int64_t n) {
   Vector<T> sum = {};
   for (int64_t i = 0; i < n; i += kWidth<T>) sum += load(x + i) * load(y + i);
   return sum_lanes<T>(sum);
-}
-
-// The columns of a matrix (k, n) in panels [n / kColumns][k][kColumns], with zeros for those that the last panel lacks:
-// what a product reads of either operand is then one stream of memory.
-template <typename T, int64_t kColumns>
-void pack_columns(const T* matrix, int64_t stride, int64_t k, int64_t n, T* panels) {
-  for (int64_t row0 = 0; row0 < k; row0 += kColumnGroup)
-    for (int64_t first = 0; first < n; first += kColumns)
-      for (int64_t row = row0; row < std::min(k, row0 + kColumnGroup); ++row) {
-        const T* from = matrix + row * stride + first;
-        T* to = panels + first * k + row * kColumns;
-        if (n - first >= kColumns)
-          std::memcpy(to, from, kColumns * sizeof(T));
-        else
-          for (int64_t j = 0; j < kColumns; ++j) to[j] = j < n - first ? from[j] : T(0);
-      }
-}
-
-// Numbers of such panels of n columns, by their row.
-template <int64_t kColumns>
-constexpr int64_t packed_width(int64_t n) {
-  return (n + kColumns - 1) / kColumns * kColumns;
 }
 
 // C (m, n) += A B, of which B is packed; tiles of A are `a_tile` apart. The rows of C lie pages apart, where no processor
