@@ -4,8 +4,8 @@
 #include <cstdlib>
 #include <cstring>
 
-// Clang has no `#pragma GCC target`, and GCC before 11 no AMX; they build the portable version, which -march=native makes
-// a fast one.
+// Clang has no `#pragma GCC target`, and GCC before 11 no AMX; they build the portable version, which -march=native
+// makes a fast one.
 #if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 11 && !defined(__clang__)
 #define MPMA_MULTIPLE_ISAS 1
 #else

@@ -31,15 +31,6 @@ inline Tensor in_type(const Tensor& t, ScalarType type) {
 // How many items of so many multiply-adds or copied numbers are worth a thread: about 10 microseconds' worth.
 inline int64_t grain(int64_t work_of_item) { return (1 << 18) / std::max<int64_t>(1, work_of_item) + 1; }
 
-// n zeros.
-template <class T>
-Buffer<T> zeros(int64_t n) {
-  Buffer<T> buffer(n);
-  torch::stable::parallel_for(
-      0, n, grain(1), [&](int64_t begin, int64_t end) { std::fill(buffer.get() + begin, buffer.get() + end, T(0)); });
-  return buffer;
-}
-
 template <class T>
 struct RealRows {
   int64_t items, length, width, stride;  // stride: distance of rows, zeros beyond the width
@@ -71,9 +62,24 @@ struct RealRows {
     return rows_of;
   }
 
-  // Rows laid out as these, written where they stood in a new tensor of the operand's shape, with zeros elsewhere.
-  Tensor scatter(const T* values, const Tensor& like) const {
-    const Tensor tensor = torch::stable::new_empty(like, like.sizes(), compute_type(like));
+  // A tensor laid out as these rows, for their gradient.
+  Tensor empty(const Tensor& like) const {
+    return torch::stable::new_empty(like, {rows(), stride}, compute_type(like));
+  }
+
+  Tensor zeros(const Tensor& like) const {
+    const Tensor tensor = empty(like);
+    T* out = tensor.template mutable_data_ptr<T>();
+    torch::stable::parallel_for(
+        0, rows() * stride, grain(1), [&](int64_t begin, int64_t end) { std::fill(out + begin, out + end, T(0)); });
+    return tensor;
+  }
+
+  // Rows laid out as these in a tensor of the operand's shape and type: where they stood, with zeros elsewhere.
+  Tensor scatter(const Tensor& laid_out, const Tensor& like) const {
+    if (complete()) return in_type(torch::stable::view(laid_out, {items, length, width}), like.scalar_type());
+    const T* values = laid_out.template const_data_ptr<T>();
+    const Tensor tensor = torch::stable::new_empty(like, {items, length, width}, compute_type(like));
     T* out = tensor.template mutable_data_ptr<T>();
     torch::stable::parallel_for(0, items, grain(length * width), [&](int64_t begin, int64_t end) {
       std::fill(out + begin * length * width, out + end * length * width, T(0));
@@ -116,8 +122,11 @@ struct RealRows {
     }
   }
 
+  // Whether no row is masked and none is padded.
+  bool complete() const { return rows() == items * length && stride == width; }
+
   bool lies_as_wanted() const {
-    return rows() == items * length && stride == width && operand_.stride(2) == 1 && operand_.stride(1) == stride &&
+    return complete() && operand_.stride(2) == 1 && operand_.stride(1) == stride &&
            operand_.stride(0) == length * stride;
   }
 

@@ -85,13 +85,12 @@ std::tuple<Tensor, Tensor> token_patch_max_similarity_backward(
     const int64_t stride = portable::padded(tokens.size(2));
     const RealRows<T> w(tokens, token_mask, stride), v(patches, patch_mask, stride);
     const MaxSide<T> of_tokens(w, patch, grad_of_tokens, v.items), of_patches(v, token, grad_of_patches, 1);
-    const auto grad_w = zeros<T>(need_tokens ? w.rows() * stride : 0);
-    const auto grad_v = zeros<T>(need_patches ? v.rows() * stride : 0);
-    if (need_tokens) backward(of_tokens, of_patches, grad_w.get());
-    if (need_patches) backward(of_patches, of_tokens, grad_v.get());
+    const Tensor grad_w = need_tokens ? w.empty(tokens) : not_needed(tokens);
+    const Tensor grad_v = need_patches ? v.empty(patches) : not_needed(patches);
+    if (need_tokens) backward(of_tokens, of_patches, grad_w.mutable_data_ptr<T>());
+    if (need_patches) backward(of_patches, of_tokens, grad_v.mutable_data_ptr<T>());
     return {
-        need_tokens ? w.scatter(grad_w.get(), tokens) : not_needed(tokens),
-        need_patches ? v.scatter(grad_v.get(), patches) : not_needed(patches)};
+        need_tokens ? w.scatter(grad_w, tokens) : grad_w, need_patches ? v.scatter(grad_v, patches) : grad_v};
   };
   if (compute_type(tokens) == ScalarType::Double) return run(double{}, &portable::max_similarity::backward<double>);
   return run(float{}, MPMA_FASTEST(max_similarity::backward<float>, is_bfloat16(tokens)));

@@ -16,6 +16,19 @@ struct Best {
     value = better ? x : value;
     index = better ? i : index;
   }
+
+  // The best of all lanes, in every lane.
+  template <int kStep = kWidth<T> / 2>
+  void fold() {
+    const auto lanes = std::make_integer_sequence<int, kWidth<T>>();
+    const Vector<T> x = swap_lanes<kStep, T>(value, lanes);
+    const Vector<Integers<T>> i = swap_lanes<kStep, Integers<T>>(index, lanes);
+    const auto same = (x == value) | ((x != x) & (value != value));
+    const auto better = (~(x <= value) & (value == value)) | (same & (i < index));
+    value = better ? x : value;
+    index = better ? i : index;
+    if constexpr (kStep > 1) fold<kStep / 2>();
+  }
 };
 
 // Both maxima of the scores (T, P) of one pair, rows `stride` apart. -inf stands in the columns beyond the patches.
@@ -40,14 +53,9 @@ void best_of(
       store(token + p, of_column.index);
       best.take(x, lane + static_cast<Integers<T>>(p));
     }
-    int first = 0;
-    for (int i = 1; i < kWidth<T>; ++i) {
-      const bool above = !(best.value[i] <= best.value[first]) && best.value[first] == best.value[first];
-      const bool earlier = best.value[i] == best.value[first] && best.index[i] < best.index[first];
-      if (above || earlier) first = i;
-    }
-    of_token[t] = best.value[first];
-    patch[t] = static_cast<int32_t>(best.index[first]);
+    best.fold();
+    of_token[t] = best.value[0];
+    patch[t] = static_cast<int32_t>(best.index[0]);
   }
 }
 
@@ -102,38 +110,91 @@ void forward(
   });
 }
 
+// A row of the other side and its weight in the gradient of a row.
 template <typename T>
-void add_row(T weight, const T* row, T* sum, int64_t width) {
-  for (int64_t d = 0; d < width; d += kWidth<T>) store(sum + d, load(sum + d) + weight * load(row + d));
-}
+struct Term {
+  int32_t row;
+  T weight;
+};
 
-// What item j of the other side adds to the gradient of item i.
+// The terms of every row of item i, in the order of the other side's items: what the row chose, and what chose it.
+// Those of row r are terms[ends[r]] to terms[ends[r + 1]].
 template <typename T>
-void add_pair(const MaxSide<T>& own, const MaxSide<T>& other, int64_t i, int64_t j, T* grad) {
+void collect_terms(const MaxSide<T>& own, const MaxSide<T>& other, int64_t i, int64_t* ends, Term<T>* terms) {
   const cpu::RealRows<T>&mine = own.rows, &theirs = other.rows;
-  if (mine.count(i) == 0 || theirs.count(j) == 0) return;
-  const int64_t pair = i * own.step + j * other.step;
-  const int32_t* by_mine = own.index + pair * mine.length;
-  const int32_t* by_theirs = other.index + pair * theirs.length;
-  const T to_mine = own.grad[pair] / mine.count(i), to_theirs = other.grad[pair] / theirs.count(j);
-  for (int64_t row = mine.start[i]; row < mine.start[i + 1]; ++row)
-    add_row(
-        to_mine, theirs.data + other.row_at(j, by_mine[mine.position[row]]) * theirs.stride,
-        grad + row * mine.stride, mine.width);
-  for (int64_t row = theirs.start[j]; row < theirs.start[j + 1]; ++row)
-    add_row(
-        to_theirs, theirs.data + row * theirs.stride,
-        grad + own.row_at(i, by_theirs[theirs.position[row]]) * mine.stride, mine.width);
+  const int64_t first = mine.start[i], count = mine.count(i);
+  const auto each = [&](const auto& add) {
+    for (int64_t j = 0; j < theirs.items; ++j) {
+      if (theirs.count(j) == 0) continue;
+      const int64_t pair = i * own.step + j * other.step;
+      const int32_t *by_mine = own.index + pair * mine.length, *by_theirs = other.index + pair * theirs.length;
+      const T to_mine = own.grad[pair] / count, to_theirs = other.grad[pair] / theirs.count(j);
+      for (int64_t row = first; row < first + count; ++row)
+        add(row - first, other.row_at(j, by_mine[mine.position[row]]), to_mine);
+      for (int64_t row = theirs.start[j]; row < theirs.start[j + 1]; ++row)
+        add(own.row_at(i, by_theirs[theirs.position[row]]) - first, row, to_theirs);
+    }
+  };
+  std::fill_n(ends, count + 2, 0);
+  if (count == 0) return;
+  each([&](int64_t row, int64_t, T) { ++ends[row + 2]; });
+  for (int64_t row = 0; row < count; ++row) ends[row + 2] += ends[row + 1];
+  each([&](int64_t row, int64_t term, T weight) { terms[ends[row + 1]++] = {static_cast<int32_t>(term), weight}; });
 }
 
-// The gradient of one side's rows, each item's summed by one thread in the order of the other side's items: what its
-// own rows chose, and what chose them.
+// So many vectors of a row's gradient are summed in registers.
+template <typename T, int kVectors>
+void sum_terms(const Term<T>* begin, const Term<T>* end, const T* rows, int64_t stride, T* out) {
+  Vector<T> sum[kVectors] = {};
+  for (const Term<T>* term = begin; term < end; ++term) {
+    const T* row = rows + term->row * stride;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[v] += term->weight * load(row + v * kWidth<T>);
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) store(out + v * kWidth<T>, sum[v]);
+}
+
+constexpr int kSumVectors = 4;
+constexpr int64_t kTerms = 1 << 16;  // of so many items at once, if of more than one: 512 KB of float32
+
+// The gradient of one side's rows, each summed by one thread. Columns of all the other side's rows, copied beside one
+// another for the second-level cache, serve many items.
 template <typename T>
 void backward(const MaxSide<T>& own, const MaxSide<T>& other, T* grad) {
-  const int64_t work = other.rows.items * (own.rows.length + other.rows.length) * own.rows.width;
-  torch::stable::parallel_for(0, own.rows.items, cpu::grain(work), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t j = 0; j < other.rows.items; ++j) add_pair(own, other, i, j, grad);
+  constexpr int64_t kColumns = kSumVectors * kWidth<T>;
+  const cpu::RealRows<T>&mine = own.rows, &theirs = other.rows;
+  const int64_t most = mine.largest_count(), width = padded(mine.width);
+  const int64_t terms_of_item = most * theirs.items + theirs.rows();
+  const int64_t at_once = std::max<int64_t>(1, kTerms / std::max<int64_t>(1, terms_of_item));
+  const int64_t work = theirs.items * (mine.length + theirs.length) * width;
+  torch::stable::parallel_for(0, mine.items, cpu::grain(work), [&](int64_t begin, int64_t end) {
+    const cpu::Buffer<int64_t> ends(at_once * (most + 2));
+    const cpu::Buffer<Term<T>> terms(at_once * terms_of_item);
+    const cpu::Buffer<T> rows(theirs.rows() * std::min(kColumns, width));
+    for (int64_t first = begin; first < end; first += at_once) {
+      const int64_t last = std::min(end, first + at_once);
+      for (int64_t i = first; i < last; ++i)
+        collect_terms(
+            own, other, i, ends.get() + (i - first) * (most + 2), terms.get() + (i - first) * terms_of_item);
+      for (int64_t column = 0; column < width; column += kColumns) {
+        const int64_t columns = std::min(kColumns, width - column);
+        for (int64_t row = 0; row < theirs.rows(); ++row)
+          for (int64_t d = 0; d < columns; d += kWidth<T>)
+            store(rows.get() + row * columns + d, load(theirs.data + row * theirs.stride + column + d));
+        for (int64_t i = first; i < last; ++i)
+          for (int64_t row = 0; row < mine.count(i); ++row) {
+            const int64_t* bounds = ends.get() + (i - first) * (most + 2) + row;
+            const Term<T>* of_item = terms.get() + (i - first) * terms_of_item;
+            T* out = grad + (mine.start[i] + row) * mine.stride + column;
+            if (columns == kColumns)
+              sum_terms<T, kSumVectors>(of_item + bounds[0], of_item + bounds[1], rows.get(), columns, out);
+            else
+              for (int64_t d = 0; d < columns; d += kWidth<T>)
+                sum_terms<T, 1>(of_item + bounds[0], of_item + bounds[1], rows.get() + d, columns, out + d);
+          }
+      }
+    }
   });
 }
 

@@ -69,15 +69,15 @@ std::tuple<Tensor, Tensor> token_patch_similarity_backward(
     const auto problem =
         problem_of<T>(tokens, patches, token_mask, patch_mask, attention_temperature, pooling_temperature);
     const Tensor grad = readable_gradient(grad_output, tokens, patches);
-    const auto of_tokens = zeros<T>(need_tokens ? problem.tokens.rows() * problem.tokens.stride : 0);
-    const auto of_patches = zeros<T>(need_patches ? problem.patches.rows() * problem.patches.stride : 0);
+    const Tensor of_tokens = need_tokens ? problem.tokens.zeros(tokens) : not_needed(tokens);
+    const Tensor of_patches = need_patches ? problem.patches.zeros(patches) : not_needed(patches);
     if (need_tokens || need_patches)
       backward(
-          problem, grad.const_data_ptr<T>(), need_tokens ? of_tokens.get() : nullptr,
-          need_patches ? of_patches.get() : nullptr);
+          problem, grad.const_data_ptr<T>(), need_tokens ? of_tokens.mutable_data_ptr<T>() : nullptr,
+          need_patches ? of_patches.mutable_data_ptr<T>() : nullptr);
     return {
-        need_tokens ? problem.tokens.scatter(of_tokens.get(), tokens) : not_needed(tokens),
-        need_patches ? problem.patches.scatter(of_patches.get(), patches) : not_needed(patches)};
+        need_tokens ? problem.tokens.scatter(of_tokens, tokens) : of_tokens,
+        need_patches ? problem.patches.scatter(of_patches, patches) : of_patches};
   };
   if (compute_type(tokens) == ScalarType::Double) return run(double{}, &portable::similarity::backward<double>);
   return run(float{}, MPMA_FASTEST(similarity::backward<float>, is_bfloat16(tokens)));

@@ -2,8 +2,8 @@
 //
 // Forward and backward work on one report and one image at a time, whose scores stay in the second-level cache; the
 // backward recomputes them. |c|^2 = b^T (V V^T) b needs one product over the patches instead of two over the features
-// in the backward: cheaper up to P = 2 D, beyond that c = b V is formed. Neither b nor the Gram matrix is ever rounded to
-// bfloat16: the result has float32's accuracy, and patches may cancel.
+// in the backward: cheaper up to P = 2 D, beyond that c = b V is formed. Neither b nor the Gram matrix is ever rounded
+// to bfloat16: the result has float32's accuracy, and patches may cancel.
 
 namespace mpma::MPMA_ISA::similarity {
 
@@ -12,49 +12,6 @@ T dot(const T* x, const T* y, int64_t n) {
   Vector<T> sum = {};
   for (int64_t i = 0; i < n; i += kWidth<T>) sum += load(x + i) * load(y + i);
   return sum_lanes<T>(sum);
-}
-
-// The columns of a matrix (k, n) in panels [n / kColumns][k][kColumns], with zeros for those that the last panel lacks:
-// what a product reads of either operand is then one stream of memory.
-template <typename T, int64_t kColumns>
-void pack_columns(const T* matrix, int64_t stride, int64_t k, int64_t n, T* panels) {
-  for (int64_t row0 = 0; row0 < k; row0 += kColumnGroup)
-    for (int64_t first = 0; first < n; first += kColumns)
-      for (int64_t row = row0; row < std::min(k, row0 + kColumnGroup); ++row) {
-        const T* from = matrix + row * stride + first;
-        T* to = panels + first * k + row * kColumns;
-        if (n - first >= kColumns)
-          std::memcpy(to, from, kColumns * sizeof(T));
-        else
-          for (int64_t j = 0; j < kColumns; ++j) to[j] = j < n - first ? from[j] : T(0);
-      }
-}
-
-// Numbers of such panels of n columns, by their row.
-template <int64_t kColumns>
-constexpr int64_t packed_width(int64_t n) {
-  return (n + kColumns - 1) / kColumns * kColumns;
-}
-
-// C (m, n) += A B, of which B is packed; tiles of A are `a_tile` apart. The rows of C lie pages apart, where no processor
-// expects the next one: every tile of C is fetched while the one before it is computed.
-template <typename T>
-void add_product(int64_t m, int64_t n, int64_t k, const Product<T>& p, int64_t a_tile) {
-  for (int64_t depth = 0; depth < k; depth += kDepth)
-    for (int64_t j = 0; j < n; j += kPanel<T>)
-      for (int64_t i = 0; i < m; i += kTileRows) {
-        T* c = p.c + i * p.c_row + j;
-        const T* next = i + kTileRows < m ? c + kTileRows * p.c_row : p.c + j + kPanel<T>;
-        for (int64_t row = 0; row < kTileRows; ++row, next += p.c_row) {
-          __builtin_prefetch(next);
-          __builtin_prefetch(next + kPanel<T> - 1);
-        }
-        matmul<T>(
-            std::min<int64_t>(kTileRows, m - i), std::min(kPanel<T>, n - j), std::min(kDepth, k - depth),
-            {p.a + i / kTileRows * a_tile + depth * p.a_column, p.a_row, p.a_column,
-             p.b + j * k + depth * kPanel<T>, kPanel<T>, c, p.c_row},
-            true);
-      }
 }
 
 // Whether |c|^2 of an image with so many patches comes by its Gram matrix.
@@ -79,16 +36,15 @@ class Pair {
  public:
   Pair(const SimilarityProblem<T>& problem, bool backward)
       : problem_(problem), tokens_(problem.tokens), patches_(problem.patches), backward_(backward),
-        stride_(row_distance(patches_.largest_count())), attended_stride_(row_distance(patches_.width)),
-        most_tokens_(tokens_.largest_count()), transposed_(patches_.width * (stride_ + kPanel<T>)),
-        gram_(gram_rows(patches_) * stride_), hidden_(stride_),
+        stride_(row_distance(patches_.largest_count())), most_tokens_(tokens_.largest_count()),
+        transposed_(patches_.width * (stride_ + kPanel<T>)), gram_(gram_rows(patches_) * stride_), hidden_(stride_),
         scores_(most_tokens_ * stride_), a_(most_tokens_ * stride_), b_(most_tokens_ * stride_),
-        product_(most_tokens_ * stride_), columns_(patches_.largest_count() * packed_width<kPanel<T>>(patches_.width)),
-        attended_(most_tokens_ * attended_stride_), column_(stride_), per_token_(kPerToken * padded(most_tokens_)) {}
+        product_(most_tokens_ * std::max(stride_, patches_.stride)), attended_(most_tokens_ * patches_.stride),
+        column_(stride_), per_token_(kPerToken * padded(most_tokens_)) {}
 
   bool by_gram() const { return by_gram_; }
 
-  // Takes the patches of one image: V^T, V and V V^T, of which only the upper half is computed. A quadratic form needs no
+  // Takes the patches of one image: V^T, and V V^T, of which only the upper half is computed. A quadratic form needs no
   // more of a symmetric matrix: the forward counts that half twice, the backward mirrors it.
   void set_image(int64_t image) {
     v_ = patches_.item(image);
@@ -97,8 +53,6 @@ class Pair {
     const int64_t columns = padded(p_);
     for (int64_t p = 0; p < columns; ++p) hidden_.get()[p] = p < p_ ? T(0) : -std::numeric_limits<T>::infinity();
     pack_transposed<T>(patches_.item(image), patches_.stride, p_, patches_.width, transposed_.get());
-    if (backward_ || !by_gram_)
-      pack_columns<T, kPanel<T>>(v_, patches_.stride, p_, patches_.width, columns_.get());
     if (!by_gram_) return;
     for (int64_t p = 0; p < p_; p += kPanel<T>)
       matmul_rounded<T>(
@@ -127,13 +81,11 @@ class Pair {
             {b_.get(), stride_, 1, gram_.get() + p, stride_, product_.get() + p, stride_}, false);
       }
     } else {
-      for (int64_t d = 0; d < patches_.width; d += kPanel<T>)
-        matmul<T>(
-            t_, std::min(kPanel<T>, patches_.width - d), p_,
-            {b_.get(), stride_, 1, columns_.get() + d * p_, kPanel<T>, attended_.get() + d, attended_stride_}, false);
+      matmul<T>(
+          t_, patches_.width, p_, {b_.get(), stride_, 1, v_, patches_.stride, attended_.get(), patches_.stride}, false);
     }
     for (int64_t t = 0; t < t_; ++t) {
-      const T *b = b_.get() + t * stride_, *c = attended_.get() + t * attended_stride_;
+      const T *b = b_.get() + t * stride_, *c = attended_.get() + t * patches_.stride;
       const T w2 = token_square(report)[t];
       square()[t] = by_gram_ ? dot(b, product_.get() + t * stride_, p_) : dot(c, c, patches_.width);
       // Where patches cancel, rounding could leave the Gram form below what Cauchy and Schwarz allow, even negative.
@@ -161,12 +113,12 @@ class Pair {
     for (int64_t t = 0; t < t_; ++t) through_softmax_over_tokens(t, grad_scores + t * stride_);
   }
 
-  // After backward(): adds what comes through |c|^2 to the gradients of the patches (P, stride of the patches) or, where
-  // it came by the Gram matrix, to twice that matrix's gradient (P, stride), of which the upper half is right.
+  // After backward(): adds what comes through |c|^2 to the gradients of the patches (P, stride of the patches) or,
+  // where it came by the Gram matrix, to twice that matrix's gradient (P, stride), of which the upper half is right.
   void add_square(T* grad_patches, T* grad_gram) {
     T* scaled = by_gram_ ? product_.get() : attended_.get();
     const T* factor = by_gram_ ? b_.get() : attended_.get();
-    const int64_t distance = by_gram_ ? stride_ : attended_stride_, columns = by_gram_ ? p_ : patches_.width;
+    const int64_t distance = by_gram_ ? stride_ : patches_.stride, columns = by_gram_ ? p_ : patches_.width;
     for (int64_t t = 0; t < t_; ++t)
       for (int64_t i = 0; i < columns; i += kWidth<T>)
         store(scaled + t * distance + i, load(factor + t * distance + i) * twice_grad_square()[t]);
@@ -185,9 +137,9 @@ class Pair {
   void finish_patches(T* twice_grad_gram, T* grad_patches) const {
     if (!by_gram_) return;
     mirror(twice_grad_gram);
-    add_product<T>(
+    matmul<T>(
         p_, patches_.width, p_,
-        {twice_grad_gram, stride_, 1, columns_.get(), kPanel<T>, grad_patches, patches_.stride}, kTileRows * stride_);
+        {twice_grad_gram, stride_, 1, v_, patches_.stride, grad_patches, patches_.stride}, true);
   }
 
  private:
@@ -219,7 +171,7 @@ class Pair {
 
   // rows (T, D) times V^T
   void times_transposed(const T* rows, T* out) const {
-    matmul_panels<T>(t_, p_, patches_.width, rows, attended_stride_, transposed_.get(), out, stride_);
+    matmul_panels<T>(t_, p_, patches_.width, rows, patches_.stride, transposed_.get(), out, stride_);
   }
 
   // The scores, panel by panel, and a, the softmax over the tokens, of each while it is in the first-level cache. A
@@ -315,9 +267,9 @@ class Pair {
   const SimilarityProblem<T>& problem_;
   const cpu::RealRows<T>&tokens_, &patches_;
   bool backward_, by_gram_ = true;
-  int64_t stride_, attended_stride_, most_tokens_, p_ = 0, t_ = 0;
+  int64_t stride_, most_tokens_, p_ = 0, t_ = 0;
   const T *v_ = nullptr, *w_ = nullptr;
-  cpu::Buffer<T> transposed_, gram_, hidden_, scores_, a_, b_, product_, columns_, attended_;
+  cpu::Buffer<T> transposed_, gram_, hidden_, scores_, a_, b_, product_, attended_;
   cpu::Buffer<T> column_, per_token_;
 };
 
@@ -341,8 +293,8 @@ void forward(const SimilarityProblem<T>& problem, T* out) {
 constexpr int64_t kHeldScores = 1 << 20;
 
 // The backward goes through blocks of images and, within, blocks of reports. Threads first share out the images, each
-// adding to the gradient of its own and keeping the gradients of the scores; then the reports, each adding what its
-// tokens get. Every sum runs over reports or images in their order, whatever the blocks and the number of threads.
+// adding to the gradient of its own and keeping the gradients of the scores; then the tokens, each getting its own.
+// Every sum runs over reports or images in their order, whatever the blocks and the number of threads.
 // grad (reports, images); gradients laid out as the real rows, starting at 0, or null where not needed.
 template <typename T>
 void backward(const SimilarityProblem<T>& problem, const T* grad, T* grad_tokens, T* grad_patches) {
@@ -373,26 +325,24 @@ void backward(const SimilarityProblem<T>& problem, const T* grad, T* grad_tokens
         if (grad_patches) pair.add_square(grad_image, grad_gram);
       }
       if (grad_patches && report1 == tokens.items) pair.finish_patches(grad_gram, grad_image);
+      if (grad_patches)
+        matmul_rounded<T>(
+            p, patches.width, tokens.start[report1] - tokens.start[report0],
+            {held.get() + slot * rows_held * stride, 1, stride, tokens.item(report0), tokens.stride, grad_image,
+             patches.stride},
+            true);
     }
-    if (!grad_patches) return;
-    const int64_t first = tokens.start[report0], last = tokens.start[report1];
-    for (int64_t image = begin; image < end; ++image)
-      matmul_rounded<T>(
-          patches.count(image), tokens.width, last - first,
-          {held.get() + (image - image0) * rows_held * stride, 1, stride, tokens.data + first * tokens.stride,
-           tokens.stride, grad_patches + patches.start[image] * patches.stride, patches.stride},
-          true);
   };
-  const auto token_half = [&](int64_t image0, int64_t image1, int64_t first, int64_t begin, int64_t end) {
+  const auto token_half = [&](int64_t image0, int64_t image1, int64_t report0, int64_t begin, int64_t end) {
     for (int64_t image = image0; image < image1; ++image) {
-      const int64_t p = patches.count(image), slot = (image - image0) * rows_held - first;
-      if (p == 0) continue;
+      if (patches.count(image) == 0) continue;
+      const int64_t row = (image - image0) * rows_held + begin - tokens.start[report0];
       matmul_rounded<T>(
-          end - begin, tokens.width, p,
-          {held.get() + (slot + begin) * stride, stride, 1, patches.item(image), patches.stride,
+          end - begin, tokens.width, patches.count(image),
+          {held.get() + row * stride, stride, 1, patches.item(image), patches.stride,
            grad_tokens + begin * tokens.stride, tokens.stride},
           true);
-      for (int64_t row = begin; row < end; ++row) sum_of_itself[row] += of_itself.get()[slot + row];
+      for (int64_t i = 0; i < end - begin; ++i) sum_of_itself[begin + i] += of_itself.get()[row + i];
     }
   };
 
@@ -401,15 +351,15 @@ void backward(const SimilarityProblem<T>& problem, const T* grad, T* grad_tokens
     for (int64_t report0 = 0; report0 < tokens.items;) {
       int64_t report1 = report0 + 1;
       while (report1 < tokens.items && tokens.start[report1 + 1] - tokens.start[report0] <= rows_held) ++report1;
-      const int64_t first = tokens.start[report0], rows = tokens.start[report1] - first;
-      const int64_t work_of_image = rows * patches.length * tokens.width;
+      const int64_t first = tokens.start[report0], last = tokens.start[report1];
+      const int64_t work_of_image = (last - first) * patches.length * tokens.width;
       const int64_t work_of_token = (image1 - image0) * patches.length * tokens.width;
       torch::stable::parallel_for(image0, image1, cpu::grain(work_of_image), [&](int64_t begin, int64_t end) {
         image_half(image0, begin, end, report0, report1);
       });
       if (grad_tokens)
-        torch::stable::parallel_for(first, first + rows, cpu::grain(work_of_token), [&](int64_t begin, int64_t end) {
-          token_half(image0, image1, first, begin, end);
+        torch::stable::parallel_for(first, last, cpu::grain(work_of_token), [&](int64_t begin, int64_t end) {
+          token_half(image0, image1, report0, begin, end);
         });
       report0 = report1;
     }
