@@ -4,7 +4,9 @@ import argparse
 import contextlib
 import json
 import math
+import sys
 import time
+from types import ModuleType
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from benchmarks.machine import describe
 from benchmarks.sets import SETS
 from benchmarks.shapes import FORWARD, TRAINING, Attention, Memory, Reports, Similarity, every
 from benchmarks.timing import wall_clock
+from mpma_ext import reference
 
 MACHINE = {"device": "Some GPU", "copy_gb_per_second": 4000.0}
 MACHINE |= {"gemm_gflops": {"float32": 5e4, "bfloat16": 8e5}}
@@ -78,6 +81,16 @@ def test_every_operator_is_timed(operator, monkeypatch, tmp_path):
     cases = list(every(operator, [small[operator]], ("eager",)))
     measured = measure(monkeypatch, tmp_path, operator, cases)
     assert [row["baseline"] for row in measured["rows"]] == ["eager"]
+
+
+def test_packed_rows_meet_a_baseline_on_packed_rows(monkeypatch, tmp_path):
+    module = ModuleType("varlen")
+    module.varlen_attn = reference.masked_attention_varlen
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    both = every("masked_attention_varlen", [Reports(3, 2, 8)], ("eager", "varlen"), ("bfloat16",))
+    measured = measure(monkeypatch, tmp_path, "masked_attention_varlen", list(both))
+    assert measured["absent"] == []
+    assert [row["baseline"] for row in measured["rows"]] == ["eager", "varlen"]
 
 
 def test_what_refuses_is_no_failure_and_what_differs_is(monkeypatch, tmp_path):
@@ -308,9 +321,10 @@ def played_gpu(monkeypatch):
 def test_the_clock_and_the_rates(played_gpu):
     clock = device.GpuClock()
     assert 0.01 <= clock(lambda: time.sleep(0.01), flushes=3) < 0.2
-    # The flush outlasts what the CPU takes to launch: longer calls want more of it.
-    quick, slow = (clock.flushes(lambda s=s: time.sleep(s)) for s in (0, 0.01))
-    assert 1 <= quick <= slow == device.MOST_FLUSHES
+    clock._flush_seconds = 0.01
+    # What the CPU takes to launch, twice over, and one flush more: at least 2 · 0.05 / 0.01 + 1.
+    assert 11 <= clock.flushes(lambda: time.sleep(0.05)) <= device.MOST_FLUSHES
+    assert clock.flushes(lambda: time.sleep(1)) == device.MOST_FLUSHES
     found = device.rates(clock)
     assert found["copy_gb_per_second"] > 0
     assert set(found["gemm_gflops"]) == {"float32", "bfloat16"}
