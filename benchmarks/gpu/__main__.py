@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("PyTorch sees no usable GPU here")
     if importlib.util.find_spec("mpma_ext.kernels") is None:
-        parser.error("no mpma_ext.kernels: without `pip install`, `ln -s ../kernels mpma_ext`")
+        parser.error(
+            "no mpma_ext.kernels: without `pip install`, `ln -s ../kernels mpma_ext/kernels`"
+        )
     serving = [name for name in arguments.backend if name in available_backends()]
     for name in set(arguments.backend) - set(serving):
         print(f"skipped: {name} is not in this installation", flush=True)

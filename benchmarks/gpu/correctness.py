@@ -38,7 +38,8 @@ def summary(junit: Path) -> dict:
         for kind in ("failure", "error"):
             for problem in case.findall(kind):
                 name = f"{case.get('classname')}::{case.get('name')}"
-                failed[name] = (problem.get("message") or "").strip()[:300]
+                # Its text ends with the error, which the message does not always name.
+                failed[name] = f"{problem.get('message')}\n...{(problem.text or '')[-300:]}"[:700]
     return counts | {"failed": dict(list(failed.items())[:MOST_SHOWN])}
 
 

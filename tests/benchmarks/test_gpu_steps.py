@@ -221,7 +221,7 @@ def test_the_command_says_that_the_kernels_cannot_be_imported(a_gpu, monkeypatch
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         command.main([])
-    assert "ln -s ../kernels mpma_ext" in capsys.readouterr().err
+    assert "ln -s ../kernels mpma_ext/kernels" in capsys.readouterr().err
 
 
 def test_nothing_is_imported_that_a_bare_machine_lacks():
