@@ -9,7 +9,7 @@ RUN := runs/tiny
 PIP_OPTIONS ?=
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_OPTIONS)
 
-.PHONY: help install pretrain bench test fuzz check-triton check-cuda gpu lint clean
+.PHONY: help install pretrain bench test fuzz check-triton check-cuda check-abi gpu lint clean
 
 help:
 	@echo "make install    make .venv, install the project in it and build the extension"
@@ -19,7 +19,8 @@ help:
 	@echo "make fuzz       10,000 random calls of every compiled operator, a quarter of an hour"
 	@echo "make check-triton  compile every Triton kernel for every GPU, half an hour; no GPU needed"
 	@echo "make check-cuda  compile every CUDA kernel for every GPU and compare the table of registers; needs nvcc, no GPU"
-	@echo "make gpu        on a machine with a GPU: test the kernels on it, then measure them"
+	@echo "make check-abi  run the CPU operators of one wheel under another torch (TORCH=2.12.1); downloads several GB"
+	@echo "make gpu        on a machine with a GPU: test the kernels on it, then measure them, ten minutes"
 	@echo "make lint       check style and formatting"
 	@echo "make clean      remove the environments and what was built; data and runs stay"
 
@@ -70,12 +71,16 @@ check-triton: install
 check-cuda: install
 	$(BIN)/python tests/cuda/compile_check.py $(CHECK_ARGS)
 
+check-abi: install
+	$(BIN)/python tests/abi/check_abi.py $(if $(TORCH),--torch $(TORCH))
+
+# GPU_ARGS="--stage correctness sanitizer" runs some stages only.
 gpu: install
-	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) .venv-timm build *.egg-info mpma_ext/*.so
+	rm -rf $(VENV) .venv-timm .venv-abi build *.egg-info mpma_ext/*.so

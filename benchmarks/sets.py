@@ -93,19 +93,35 @@ def sweep() -> Iterator[Case]:
 
 
 def gpu() -> Iterator[Case]:
-    """What the kernels for GPUs are judged by: shapes that fill the chip."""
-    half = {"dtypes": ("bfloat16",), "modes": (FORWARD, TRAINING)}
+    """What `DEVICE_GOALS` needs and what it is to be seen beside: shapes that fill the chip.
+
+    What is compiled comes last in every operator, as it takes longest.
+    """
+    half = ("bfloat16",)
     images = [Attention(b, s, padded=False) for b, s in ((512, 50), (256, 128), (128, 197))]
     images.append(Attention(96, 256, padded=False))
-    yield from every("masked_attention", images, ("sdpa", "sdpa_flash", "sdpa_cudnn"), **half)
     padded = [Attention(256, 128), Attention(128, 197)]
-    yield from every("masked_attention", padded, ("sdpa", "compiled"), **half)
-    yield from every("masked_attention_varlen", [Reports(256)], ("sdpa",), **half)
-    rows = Memory(128, 100, 12, 64, 2048, 32)
-    yield from every("memory_attention", [rows], ("eager", "compiled"), ("bfloat16",))
-    pairs = [Similarity(256, 64, p, d) for d in (128, 768) for p in (49, 196)]
-    for operator in SIMILARITIES:
-        yield from every(operator, pairs, ("eager", "compiled"), ("bfloat16",))
+    kernels = ("sdpa", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "sdpa_math", "varlen")
+    masking = ("eager", "sdpa", "sdpa_efficient", "sdpa_cudnn")
+    yield from every("masked_attention", images, (*kernels, "eager"), half)
+    yield from every("masked_attention", images, kernels, half, (FORWARD,))
+    yield from every("masked_attention", padded, masking, half)
+    yield from every("masked_attention", images + padded, ("flex", "compiled"), half)
+    both = (FORWARD, TRAINING)
+    yield from every("masked_attention_varlen", [Reports(256)], ("eager", "sdpa"), half, both)
+    yield from every("masked_attention_varlen", [Reports(256)], ("varlen",), half, both)
+    rows, bank = (128, 100, 12, 64), 2048
+    best, dense = Memory(*rows, bank, 32), Memory(*rows, bank, None)
+    yield from every("memory_attention", [best], (*GATHER_OR_MASK, "compiled"), half)
+    yield from every("memory_attention", [dense], ("eager", "sdpa"), half)
+    narrow, wide = ([Similarity(256, 64, p, d) for p in (49, 196)] for d in (128, 768))
+    softmax = ("eager", "eager_context")
+    yield from every("token_patch_similarity", narrow, ("field",), half)
+    yield from every("token_patch_similarity", narrow + wide, softmax, half)
+    yield from every("token_patch_similarity", narrow + wide, ("compiled",), half)
+    maxima = ("eager", "eager_indexed", "late_interaction", "flash_maxsim")
+    yield from every("token_patch_max_similarity", narrow + wide, maxima, half)
+    yield from every("token_patch_max_similarity", narrow + wide, ("compiled",), half)
 
 
 def smoke() -> Iterator[Case]:

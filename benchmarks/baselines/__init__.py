@@ -2,7 +2,8 @@
 
 A baseline takes an operator's operands by the operator's own names. `field` is how the field's
 repositories write it, `eager` and `eager_…` the best we can write without a compiler, `compiled`
-torch.compile of `eager`, `sdpa…` PyTorch's fused attention.
+torch.compile of `eager`, `sdpa…`, `varlen` and `flex` PyTorch's fused attention, `late_interaction`
+and `flash_maxsim` other projects' kernels. What is not installed or refuses raises RefusalError.
 """
 
 from benchmarks.baselines import masked_attention, memory_attention, token_patch_similarity

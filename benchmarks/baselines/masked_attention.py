@@ -11,9 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from benchmarks.baselines.compiled import compiled
+from benchmarks.baselines.half_precision import in_bfloat16
+from benchmarks.baselines.refusal import RefusalError, optional
 
 
 def field(
@@ -64,14 +67,60 @@ def sdpa_loop(query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Te
 
 
 def by_kernel(kernel: SDPBackend) -> Callable[..., Tensor]:
-    """`sdpa` by one of its kernels, which raises RuntimeError where that cannot serve."""
+    """`sdpa` by one of its kernels, which raises RefusalError where that one refuses."""
 
     @functools.wraps(sdpa)
-    def attend(*operands, **mask):
+    def attend(*operands, **named):
         with sdpa_kernel(kernel):
-            return sdpa(*operands, **mask)
+            try:
+                return sdpa(*operands, **named)
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
+                raise  # not a refusal
+            except RuntimeError as error:
+                raise RefusalError(f"{kernel.name}: {error}") from error
 
     return attend
+
+
+def flex(
+    query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = None
+) -> Tensor:
+    """PyTorch's FlexAttention, written to be compiled; the mask works on scores, not on blocks."""
+
+    def hide(score, sample, head, query_index, key_index):
+        return torch.where(key_padding_mask[sample, key_index], score, -torch.inf)
+
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    output = flex_attention(q, k, v, score_mod=None if key_padding_mask is None else hide)
+    return output.transpose(1, 2).contiguous()
+
+
+def varlen(
+    query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = None
+) -> Tensor:
+    """PyTorch's varlen_attn on sequences of one length, which are packed as they lie."""
+    if key_padding_mask is not None:
+        raise RefusalError("varlen_attn takes packed rows, not padded ones")
+    batch, length, keys = *query.shape[:2], key.shape[1]
+    starts = [
+        torch.arange(batch + 1, device=query.device, dtype=torch.int32) * n for n in (length, keys)
+    ]
+    rows = (x.flatten(0, 1) for x in (query, key, value))
+    return varlen_packed(*rows, *starts, length, keys).view(query.shape)
+
+
+def varlen_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> Tensor:
+    """PyTorch's varlen_attn on packed rows (N, H, D), which torch has from 2.10 on."""
+    attend = optional("torch.nn.attention.varlen").varlen_attn
+    return attend(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 
 
 BASELINES = {
@@ -79,7 +128,12 @@ BASELINES = {
     "eager": eager,
     "compiled": compiled(eager),
     "sdpa": sdpa,
-    "sdpa_flash": by_kernel(SDPBackend.FLASH_ATTENTION),
-    "sdpa_cudnn": by_kernel(SDPBackend.CUDNN_ATTENTION),
+    "sdpa_flash": in_bfloat16(by_kernel(SDPBackend.FLASH_ATTENTION)),
+    "sdpa_efficient": by_kernel(SDPBackend.EFFICIENT_ATTENTION),
+    "sdpa_cudnn": in_bfloat16(by_kernel(SDPBackend.CUDNN_ATTENTION)),
+    "sdpa_math": by_kernel(SDPBackend.MATH),
+    "varlen": in_bfloat16(varlen),
+    "flex": compiled(flex),
 }
-PACKED_BASELINES = BASELINES | {"sdpa_loop": sdpa_loop}
+# `varlen` here takes packed rows, as the operator does; the others take them padded.
+PACKED_BASELINES = BASELINES | {"sdpa_loop": sdpa_loop, "varlen": in_bfloat16(varlen_packed)}

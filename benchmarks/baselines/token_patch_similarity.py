@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from benchmarks.baselines import max_similarity_peers
 from benchmarks.baselines.compiled import compiled
 
 ATTENTION_TEMPERATURE = 4.0
@@ -116,4 +117,6 @@ MAX_BASELINES = {
     "eager": max_eager,
     "eager_indexed": max_eager_indexed,
     "compiled": compiled(max_eager),
+    "late_interaction": max_similarity_peers.late_interaction,
+    "flash_maxsim": max_similarity_peers.flash_maxsim,
 }

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import flops, gpu
+from benchmarks import flops
 from benchmarks.__main__ import SCRIPTS
 from benchmarks.baselines import BASELINES
 from benchmarks.flops import Work
@@ -137,10 +137,3 @@ def test_the_gemm_rate_is_that_of_the_fastest_way(monkeypatch):
     monkeypatch.setitem(gemm_gflops.__globals__["GEMM_SIDE"], "cpu", 64)
     for dtype in (torch.float32, torch.bfloat16):
         assert gemm_gflops("cpu", dtype, wall_clock) > 0
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
-def test_make_gpu_says_that_there_is_no_gpu(capsys):
-    with pytest.raises(SystemExit):
-        gpu.main([])
-    assert "no usable GPU" in capsys.readouterr().err
