@@ -265,7 +265,7 @@ class Worker {
     const A base = maximum == -kInfinity ? A(0) : maximum;  // a tile of -inf alone adds nothing
     Vector<A> total = {};
     for (int64_t c = 0; c < padded(n); c += kW) {
-      const Vector<A> weight = exp(load(scores + c) - base);
+      const Vector<A> weight = exp_nonpositive(load(scores + c) - base);
       store(scores + c, weight);
       total += weight;
     }
@@ -300,7 +300,7 @@ class Worker {
     const auto scale = static_cast<A>(batch_.scale);
     if (!batch_.dropout.active()) {
       for (int64_t c = 0; c < n; c += kW) {
-        const Vector<A> weight = exp(load(scores + c) * scale - logsumexp);
+        const Vector<A> weight = exp_nonpositive(load(scores + c) * scale - logsumexp);
         store(scores + c, weight);
         store(gradients + c, weight * (load(gradients + c) - delta) * scale);
       }
@@ -308,7 +308,7 @@ class Worker {
     }
     draw_kept(n, i);
     for (int64_t c = 0; c < n; c += kW) {
-      const Vector<A> weight = exp(load(scores + c) * scale - logsumexp), kept = load(kept_ + c);
+      const Vector<A> weight = exp_nonpositive(load(scores + c) * scale - logsumexp), kept = load(kept_ + c);
       store(scores + c, weight * kept);
       store(gradients + c, weight * (load(gradients + c) * kept - delta) * scale);
     }
