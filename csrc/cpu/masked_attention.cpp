@@ -1,6 +1,7 @@
 // The operators of masked attention: padded, packed as (query, key, value) and of packed sequences. They differ only in
 // where the rows of a sequence lie, and share one forward and one backward.
 
+#include <numeric>
 #include <optional>
 #include <tuple>
 

@@ -1,9 +1,10 @@
 // Forward and backward of one attention head after another. Included by foreach_isa.h, after masked_attention.h.
 //
-// Keys that take part are gathered first, so that what follows knows no mask: a masked row is never read. The work then
-// goes key tile by key tile and, in each, block by block of query rows. A thread holds the scores of a block and a
-// tile, the operands of both, and one row of sums for every query of its head. The softmax is rescaled from tile to
-// tile, as in FlashAttention (Dao et al., 2022). logsumexp is +inf for a row without keys.
+// Keys that take part are listed first, so that what follows knows no mask: a masked row is never read. The work then
+// goes key tile by key tile and, in each, block by block of query rows. Products read and write the tensors' own rows
+// where these have the type of the sums and follow one another, and copies elsewhere. A thread holds the scores of a
+// block and a tile, copies of the operands of both, and one row of sums for every query of its head. The softmax is
+// rescaled from tile to tile, as in FlashAttention (Dao et al., 2022). logsumexp is +inf for a row without keys.
 
 #include "cpu/masked_attention_rows.h"
 #include "cpu/philox_words.h"
@@ -31,6 +32,15 @@ class Scratch {
   std::vector<std::unique_ptr<A, Free>> blocks_;
 };
 
+// Rows of one head, in a tensor or in a buffer.
+template <typename A>
+struct Rows {
+  A* data;
+  int64_t distance;
+
+  A* operator[](int64_t i) const { return data + i * distance; }
+};
+
 // The keys of one sequence that take part, ascending. Their dropout words come in groups of four consecutive keys:
 // that of key `rows[c]` is in the group `groups[group_of[c]]`.
 struct KeyList {
@@ -43,7 +53,7 @@ struct KeyList {
       if (batch.mask && !*batch.mask.at(b, j, 0)) continue;
       const auto group = static_cast<uint32_t>(j / 4);
       if (groups.empty() || groups.back() != group) groups.push_back(group);
-      rows.push_back(j);
+      rows.push_back(batch.keys[b].start + j);
       group_of.push_back(static_cast<int64_t>(groups.size()) - 1);
     }
   }
@@ -53,19 +63,19 @@ struct KeyList {
 template <typename A>
 class Worker {
  public:
-  Worker(const AttentionBatch& batch, bool backward) : batch_(batch), width_(batch.width) {
+  Worker(const AttentionBatch& batch, bool backward)
+      : batch_(batch), width_(batch.width), own_rows_(is_element<A>(batch.element) && padded(width_) == width_) {
     int64_t queries = 0, keys = 0;
     for (const Span& s : batch.queries) queries = std::max(queries, s.length);
     for (const Span& s : batch.keys) keys = std::max(keys, s.length);
     const int64_t tile = std::min(keys, kKeyTile), block = std::min(queries, kQueryBlock);
     scores_ = scratch_.rows(block, tile);
     query_ = scratch_.rows(block, width_);
-    key_transposed_ = scratch_.rows(padded(width_), tile);
-    value_ = scratch_.rows(tile, width_);  // the forward's values, the backward's keys
+    key_ = scratch_.rows(tile, width_);  // and values
+    key_panels_ = scratch_.rows(width_, tile + kPanel<A>);
     sum_ = scratch_.rows(queries, width_);  // the forward's output, the backward's query gradient
     maximum_ = scratch_.rows(1, queries);
     total_ = scratch_.rows(1, queries);
-    staging_ = scratch_.rows(4, width_);
     if (batch.dropout.active()) {
       words_.resize(4 * (tile + kPhiloxGroups));
       word_of_.resize(tile);
@@ -74,171 +84,187 @@ class Worker {
     if (!backward) return;
     grad_scores_ = scratch_.rows(block, tile);
     grad_output_ = scratch_.rows(block, width_);
-    value_transposed_ = scratch_.rows(padded(width_), tile);
+    value_panels_ = scratch_.rows(width_, tile + kPanel<A>);
     grad_key_ = scratch_.rows(tile, width_);
     grad_value_ = scratch_.rows(tile, width_);
   }
 
   void forward(int64_t b, int64_t h, const Output& output, const Operand<A>& logsumexp) {
     start(b, h);
-    const int64_t q_row = row_distance(width_);
+    const Rows<A> sum = to_write(output, queries_, sum_);
     for (int64_t c0 = 0; c0 < keys(); c0 += kKeyTile) {
-      const int64_t n = std::min(kKeyTile, keys() - c0), s_row = row_distance(n);
+      const Range tile = keys(c0);
+      const int64_t n = tile.count, s_row = row_distance(n);
       start_tile(c0, n);
-      gather_transposed(batch_.key, c0, n, key_transposed_);
-      gather(batch_.value, c0, n, value_);
-      for_each_block([&](int64_t i0, int64_t rows) {
-        load_block(batch_.query, i0, rows, query_);
-        matmul_rounded<A>(rows, n, width_, {query_, q_row, 1, key_transposed_, s_row, scores_, s_row}, false);
-        for (int64_t i = 0; i < rows; ++i) {
-          softmax_row(scores_ + i * s_row, n, i0 + i, c0 == 0);
+      pack(to_read(batch_.key, tile, key_), n, key_panels_);
+      const Rows<const A> value = to_read(batch_.value, tile, key_);
+      for_each_block([&](int64_t i0, const Range& block) {
+        const Rows<const A> query = to_read(batch_.query, block, query_);
+        matmul_panels<A>(block.count, n, width_, query.data, query.distance, key_panels_, scores_, s_row);
+        for (int64_t i = 0; i < block.count; ++i) {
+          softmax_row(scores_ + i * s_row, n, i0 + i, sum[i0 + i], c0 == 0);
           if (batch_.dropout.active()) drop_row(scores_ + i * s_row, n, i0 + i);
         }
-        matmul_rounded<A>(rows, width_, n, {scores_, s_row, 1, value_, q_row, sum_ + i0 * q_row, q_row}, c0 > 0);
+        matmul_rounded<A>(
+            block.count, width_, n, {scores_, s_row, 1, value.data, value.distance, sum[i0], sum.distance}, c0 > 0);
       });
     }
-    for (int64_t i = 0; i < queries_.length; ++i) {
-      A* sum = sum_ + i * q_row;
+    for (int64_t i = 0; i < queries_.count; ++i) {
+      A& statistic = *logsumexp.at(b, queries_.rows[i], h);
       if (keys() == 0) {
-        std::fill_n(sum, width_, A(0));
-        *logsumexp.at(b, queries_.start + i, h) = kInfinity;
+        std::fill_n(sum[i], width_, A(0));
+        statistic = kInfinity;
       } else {
-        scale_row(sum, width_, 1 / total_[i]);
-        *logsumexp.at(b, queries_.start + i, h) = maximum_[i] + std::log(total_[i]);
+        scale_row(sum[i], width_, 1 / total_[i]);
+        statistic = maximum_[i] + std::log(total_[i]);
       }
-      write(sum, output.at(b, queries_.start + i, h));
     }
+    write(sum, output, queries_);
   }
 
   void backward(int64_t b, int64_t h, const AttentionGradients<A>& gradients) {
     const auto& [grad_output, output, logsumexp, grad_query, grad_key, grad_value] = gradients;
     start(b, h);
-    const int64_t q_row = row_distance(width_);
     A* const delta = maximum_;
-    for (int64_t i = 0; i < queries_.length; ++i) {
-      read(grad_output.at(b, queries_.start + i, h), staging_);
-      read(output.at(b, queries_.start + i, h), staging_ + q_row);
-      delta[i] = dot(staging_, staging_ + q_row);
-      total_[i] = *logsumexp.at(b, queries_.start + i, h);
-    }
+    const Rows<A> to_query = to_write(grad_query, queries_, sum_);
     for (const Output& gradient : {grad_key, grad_value})
       if (gradient) clear_masked(gradient);
     for (int64_t c0 = 0; c0 < keys(); c0 += kKeyTile) {
-      const int64_t n = std::min(kKeyTile, keys() - c0), s_row = row_distance(n);
+      const Range tile = keys(c0);
+      const int64_t n = tile.count, s_row = row_distance(n);
       const bool need_scores = grad_query || grad_key;  // their gradients, to be exact
       start_tile(c0, n);
-      gather_transposed(batch_.key, c0, n, key_transposed_);
-      if (need_scores) gather_transposed(batch_.value, c0, n, value_transposed_);
-      if (grad_query) gather(batch_.key, c0, n, value_);
-      if (grad_key) std::fill_n(grad_key_, n * q_row, A(0));
-      if (grad_value) std::fill_n(grad_value_, n * q_row, A(0));
-      for_each_block([&](int64_t i0, int64_t rows) {
-        load_block(batch_.query, i0, rows, query_);
-        load_block(grad_output, i0, rows, grad_output_);
-        matmul_rounded<A>(rows, n, width_, {query_, q_row, 1, key_transposed_, s_row, scores_, s_row}, false);
+      if (need_scores) pack(to_read(batch_.value, tile, key_), n, value_panels_);
+      const Rows<const A> key = to_read(batch_.key, tile, key_);
+      pack(key, n, key_panels_);
+      const Rows<A> to_key = to_write(grad_key, tile, grad_key_), to_value = to_write(grad_value, tile, grad_value_);
+      for_each_block([&](int64_t i0, const Range& block) {
+        const int64_t rows = block.count;
+        const Rows<const A> from = to_read(grad_output, block, grad_output_);
+        if (c0 == 0) {
+          const Rows<const A> out = to_read(output, block, query_);
+          for (int64_t i = 0; i < rows; ++i) {
+            delta[i0 + i] = dot(from[i], out[i]);
+            total_[i0 + i] = *logsumexp.at(b, block.rows[i], h);
+          }
+        }
+        const Rows<const A> query = to_read(batch_.query, block, query_);
+        matmul_panels<A>(rows, n, width_, query.data, query.distance, key_panels_, scores_, s_row);
         if (need_scores)
-          matmul_rounded<A>(
-              rows, n, width_, {grad_output_, q_row, 1, value_transposed_, s_row, grad_scores_, s_row}, false);
+          matmul_panels<A>(rows, n, width_, from.data, from.distance, value_panels_, grad_scores_, s_row);
         for (int64_t i = 0; i < rows; ++i) gradient_row(i * s_row, n, i0 + i, delta[i0 + i], total_[i0 + i]);
         if (grad_value)
-          matmul_rounded<A>(n, width_, rows, {scores_, 1, s_row, grad_output_, q_row, grad_value_, q_row}, true);
+          matmul_rounded<A>(
+              n, width_, rows, {scores_, 1, s_row, from.data, from.distance, to_value.data, to_value.distance}, i0 > 0);
         if (grad_key)
-          matmul_rounded<A>(n, width_, rows, {grad_scores_, 1, s_row, query_, q_row, grad_key_, q_row}, true);
+          matmul_rounded<A>(
+              n, width_, rows, {grad_scores_, 1, s_row, query.data, query.distance, to_key.data, to_key.distance},
+              i0 > 0);
         if (grad_query)
-          matmul_rounded<A>(rows, width_, n, {grad_scores_, s_row, 1, value_, q_row, sum_ + i0 * q_row, q_row}, c0 > 0);
+          matmul_rounded<A>(
+              rows, width_, n, {grad_scores_, s_row, 1, key.data, key.distance, to_query[i0], to_query.distance},
+              c0 > 0);
       });
-      if (grad_key) scatter(grad_key_, c0, n, grad_key);
-      if (grad_value) scatter(grad_value_, c0, n, grad_value);
+      write(to_key, grad_key, tile);
+      write(to_value, grad_value, tile);
     }
     if (!grad_query) return;
-    if (keys() == 0) std::fill_n(sum_, queries_.length * q_row, A(0));
-    for (int64_t i = 0; i < queries_.length; ++i)
-      write(sum_ + i * q_row, grad_query.at(b, queries_.start + i, h));
+    for (int64_t i = 0; keys() == 0 && i < queries_.count; ++i) std::fill_n(to_query[i], width_, A(0));
+    write(to_query, grad_query, queries_);
   }
 
  private:
   static constexpr A kInfinity = std::numeric_limits<A>::infinity();
   static constexpr int kW = kWidth<A>;
 
-  void read(const char* from, A* to) const { load_row(batch_.element, from, width_, to); }
-  void write(const A* from, char* to) const { store_row(batch_.element, from, width_, to); }
+  // Rows of the tensors, ascending.
+  struct Range {
+    const int64_t* rows;
+    int64_t count;
+  };
 
   int64_t keys() const { return static_cast<int64_t>(list_.rows.size()); }
+  Range keys(int64_t c0) const { return {list_.rows.data() + c0, std::min(kKeyTile, keys() - c0)}; }
 
   void start(int64_t b, int64_t h) {
-    if (b != sequence_) list_.fill(batch_, b);
+    if (b != sequence_) {
+      list_.fill(batch_, b);
+      query_rows_.resize(batch_.queries[b].length);
+      std::iota(query_rows_.begin(), query_rows_.end(), batch_.queries[b].start);
+    }
     sequence_ = b;
     head_ = h;
-    queries_ = batch_.queries[b];
+    queries_ = {query_rows_.data(), batch_.queries[b].length};
   }
 
   // Where the dropout words of the tile's keys will be.
   void start_tile(int64_t c0, int64_t n) {
     if (!batch_.dropout.active()) return;
+    const int64_t start = batch_.keys[sequence_].start;
     first_group_ = list_.group_of[c0];
     groups_ = list_.group_of[c0 + n - 1] - first_group_ + 1;
     groups_ = (groups_ + kPhiloxGroups - 1) / kPhiloxGroups * kPhiloxGroups;
     // The last vectors of counters read beyond the tile's own groups.
     list_.groups.resize(std::max<size_t>(list_.groups.size(), first_group_ + groups_));
     for (int64_t c = 0; c < n; ++c)
-      word_of_[c] = static_cast<int32_t>(list_.rows[c0 + c] % 4 * groups_ + list_.group_of[c0 + c] - first_group_);
+      word_of_[c] =
+          static_cast<int32_t>((list_.rows[c0 + c] - start) % 4 * groups_ + list_.group_of[c0 + c] - first_group_);
   }
 
-  // Blocks of nearly equal size.
+  // Blocks of nearly equal size; one of no rows where there are none, so that sums over them are set to 0.
   template <typename Body>
   void for_each_block(const Body& body) const {
-    const int64_t blocks = (queries_.length + kQueryBlock - 1) / kQueryBlock;
+    const int64_t blocks = std::max<int64_t>(1, (queries_.count + kQueryBlock - 1) / kQueryBlock);
     int64_t i0 = 0;
     for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t rows = queries_.length / blocks + (block < queries_.length % blocks);
-      body(i0, rows);
+      const int64_t rows = queries_.count / blocks + (block < queries_.count % blocks);
+      body(i0, Range{queries_.rows + i0, rows});
       i0 += rows;
     }
   }
 
-  const char* key_row(const Input& operand, int64_t c) const {
-    return operand.at(sequence_, batch_.keys[sequence_].start + list_.rows[c], head_);
+  // Whether products may use the tensor's own rows.
+  template <typename C>
+  bool in_place(const Operand<C>& operand, const Range& range) const {
+    const auto [rows, n] = range;
+    return own_rows_ && operand && n > 0 && rows[n - 1] - rows[0] == n - 1;
   }
 
-  // to[c][d] = row c0 + c; the padding columns of a product's right side may hold anything.
-  void gather(const Input& operand, int64_t c0, int64_t n, A* to) const {
-    for (int64_t c = 0; c < n; ++c) read(key_row(operand, c0 + c), to + c * row_distance(width_));
+  template <typename T, typename C>
+  Rows<T> own_rows(const Operand<C>& operand, const Range& range) const {
+    return {reinterpret_cast<T*>(operand.at(sequence_, range.rows[0], head_)), operand.row / int64_t{sizeof(A)}};
   }
 
-  // to[d][c] = row c0 + c, padded with columns of zeros.
-  void gather_transposed(const Input& operand, int64_t c0, int64_t n, A* to) const {
-    const int64_t from_row = row_distance(width_), to_row = row_distance(n);
-    for (int64_t c = 0; c < padded(n); c += 4) {
-      for (int64_t i = 0; i < 4; ++i) {
-        if (c + i < n) {
-          read(key_row(operand, c0 + c + i), staging_ + i * from_row);
-        } else {
-          std::fill_n(staging_ + i * from_row, width_, A(0));
-        }
-      }
-      for (int64_t d = 0; d < width_; d += 4)
-        transpose_4x4(staging_ + d, from_row, to + d * to_row + c, to_row);
-    }
+  // Where a product finds the rows: the tensor itself or a copy in the buffer.
+  Rows<const A> to_read(const Input& operand, const Range& range, A* buffer) const {
+    if (in_place(operand, range)) return own_rows<const A>(operand, range);
+    const Rows<A> copy{buffer, row_distance(width_)};
+    for (int64_t i = 0; i < range.count; ++i)
+      load_row(batch_.element, operand.at(sequence_, range.rows[i], head_), width_, copy[i]);
+    return {copy.data, copy.distance};
   }
 
-  void load_block(const Input& operand, int64_t i0, int64_t rows, A* to) const {
-    for (int64_t i = 0; i < rows; ++i)
-      read(operand.at(sequence_, queries_.start + i0 + i, head_), to + i * row_distance(width_));
+  // Where a product leaves the rows; `write` brings them into the tensor.
+  Rows<A> to_write(const Output& operand, const Range& range, A* buffer) const {
+    return in_place(operand, range) ? own_rows<A>(operand, range) : Rows<A>{buffer, row_distance(width_)};
   }
 
-  void scatter(const A* from, int64_t c0, int64_t n, const Output& to) const {
-    const int64_t start = batch_.keys[sequence_].start;
-    for (int64_t c = 0; c < n; ++c)
-      write(from + c * row_distance(width_), to.at(sequence_, start + list_.rows[c0 + c], head_));
+  void write(const Rows<A>& from, const Output& operand, const Range& range) const {
+    if (!operand || in_place(operand, range)) return;
+    for (int64_t i = 0; i < range.count; ++i)
+      store_row(batch_.element, from[i], width_, operand.at(sequence_, range.rows[i], head_));
+  }
+
+  void pack(const Rows<const A>& rows, int64_t n, A* panels) const {
+    pack_transposed(rows.data, rows.distance, n, width_, panels);
   }
 
   void clear_masked(const Output& gradient) const {
     if (!batch_.mask) return;
     const Span& span = batch_.keys[sequence_];
-    std::fill_n(staging_, width_, A(0));
+    const auto bytes = width_ * size_of(batch_.element);
     for (int64_t j = 0; j < span.length; ++j)
-      if (!*batch_.mask.at(sequence_, j, 0))
-        write(staging_, gradient.at(sequence_, span.start + j, head_));
+      if (!*batch_.mask.at(sequence_, j, 0)) std::memset(gradient.at(sequence_, span.start + j, head_), 0, bytes);
   }
 
   static void scale_row(A* row, int64_t n, A factor) {
@@ -255,7 +281,7 @@ class Worker {
   }
 
   // Products become scores and e^(score - maximum so far), and earlier sums of the row are rescaled to that maximum.
-  void softmax_row(A* scores, int64_t n, int64_t i, bool first) {
+  void softmax_row(A* scores, int64_t n, int64_t i, A* sum, bool first) {
     scale_row(scores, n, static_cast<A>(batch_.scale));
     std::fill(scores + n, scores + padded(n), -kInfinity);
     const Larger larger;
@@ -265,7 +291,7 @@ class Worker {
     const A base = maximum == -kInfinity ? A(0) : maximum;  // a tile of -inf alone adds nothing
     Vector<A> total = {};
     for (int64_t c = 0; c < padded(n); c += kW) {
-      const Vector<A> weight = exp(load(scores + c) - base);
+      const Vector<A> weight = exp_nonpositive(load(scores + c) - base);
       store(scores + c, weight);
       total += weight;
     }
@@ -274,7 +300,7 @@ class Worker {
     } else {
       const A shrink = std::exp(maximum_[i] - base);
       total_[i] = total_[i] * shrink + sum_lanes<A>(total);
-      scale_row(sum_ + i * row_distance(width_), width_, shrink);
+      scale_row(sum, width_, shrink);
     }
     maximum_[i] = maximum;
   }
@@ -300,7 +326,7 @@ class Worker {
     const auto scale = static_cast<A>(batch_.scale);
     if (!batch_.dropout.active()) {
       for (int64_t c = 0; c < n; c += kW) {
-        const Vector<A> weight = exp(load(scores + c) * scale - logsumexp);
+        const Vector<A> weight = exp_nonpositive(load(scores + c) * scale - logsumexp);
         store(scores + c, weight);
         store(gradients + c, weight * (load(gradients + c) - delta) * scale);
       }
@@ -308,7 +334,7 @@ class Worker {
     }
     draw_kept(n, i);
     for (int64_t c = 0; c < n; c += kW) {
-      const Vector<A> weight = exp(load(scores + c) * scale - logsumexp), kept = load(kept_ + c);
+      const Vector<A> weight = exp_nonpositive(load(scores + c) * scale - logsumexp), kept = load(kept_ + c);
       store(scores + c, weight * kept);
       store(gradients + c, weight * (load(gradients + c) * kept - delta) * scale);
     }
@@ -316,16 +342,18 @@ class Worker {
 
   const AttentionBatch& batch_;
   const int64_t width_;
+  const bool own_rows_;
   Scratch<A> scratch_;
-  A *scores_, *query_, *key_transposed_, *value_, *sum_, *maximum_, *total_, *staging_;
-  A *grad_scores_, *grad_output_, *value_transposed_, *grad_key_, *grad_value_;
+  A *scores_, *query_, *key_, *key_panels_, *sum_, *maximum_, *total_;
+  A *grad_scores_, *grad_output_, *value_panels_, *grad_key_, *grad_value_;
   A* kept_;
   std::vector<uint32_t> words_;
   std::vector<int32_t> word_of_;
   int64_t first_group_, groups_;
   KeyList list_;
+  std::vector<int64_t> query_rows_;
   int64_t sequence_ = -1, head_ = 0;
-  Span queries_{};
+  Range queries_{};
 };
 
 // Calls body(worker, sequence, head) for every head of every sequence. Threads take the next one when they are done

@@ -40,6 +40,16 @@ inline void convert(const float* from, int64_t width, torch::headeronly::BFloat1
 }
 #endif
 
+// Whether rows of these elements are computed with as they are.
+template <typename A>
+constexpr bool is_element(Element element) {
+  return element == (std::is_same_v<A, double> ? Element::kDouble : Element::kFloat);
+}
+
+inline int64_t size_of(Element element) {
+  return element == Element::kDouble ? 8 : element == Element::kFloat ? 4 : 2;
+}
+
 inline void load_row(Element element, const char* from, int64_t width, float* to) {
   using namespace torch::headeronly;
   if (element == Element::kFloat) std::memcpy(to, from, width * sizeof(float));
