@@ -21,6 +21,7 @@ _OWN_PARSER = {
         "mpma_train.pretrain",
         "pretrain a model: mpma pretrain CONFIG.yaml [--setting value ...]",
     ),
+    "profile": ("mpma_train.profile", "show where the time of a few training steps goes"),
     "bench": ("mpma_train.bench", "measure the operators beside PyTorch's own, in a checkout"),
 }
 

@@ -41,9 +41,7 @@ def run(argv: Sequence[str]) -> int:
     disable_progress_bar()
     settings = parse_settings(argv)
     output_dir = _output_directory(settings.training.get("output_dir"))
-    if settings.data.data is None:
-        raise ValueError("data: expected the directory of a prepared store (--data DIR), got none")
-    store = Store(settings.data.data)
+    store = open_store(settings)
     checkpoint = find_checkpoint(
         output_dir,
         settings.training.get("resume_from_checkpoint"),
@@ -51,6 +49,47 @@ def run(argv: Sequence[str]) -> int:
     )
     args = settings.training_arguments()
 
+    trainer = build_trainer(settings, store, args)
+    if trainer.is_world_process_zero():
+        if checkpoint is None:
+            remove_run(output_dir)
+        values = settings.effective(trainer.model.config)
+        _say_what_starts(store, trainer, checkpoint)
+        if checkpoint:
+            for change in changed_settings(values, Path(checkpoint).parent / "settings.yaml"):
+                print(f"  not as before: {change}", flush=True)
+        save_settings(values, output_dir / "settings.yaml")
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except ValueError as error:
+        # Settings and data were checked before: this one needs its traceback.
+        raise RuntimeError(f"training failed: {error}") from error
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        steps = trainer.state.global_step
+        write_model_card(output_dir, store, settings, steps=steps, seed=args.seed)
+        print(f"model written to {output_dir}")
+    return 0
+
+
+def open_store(settings: Settings) -> Store:
+    """The store that the settings name.
+
+    Raises:
+        ValueError: they name none.
+        OSError: it is not there.
+    """
+    if settings.data.data is None:
+        raise ValueError("data: expected the directory of a prepared store (--data DIR), got none")
+    return Store(settings.data.data)
+
+
+def build_trainer(settings: Settings, store: Store, args: MpmaTrainingArguments) -> MpmaTrainer:
+    """Model, data and optimiser of a run, seeded.
+
+    Raises:
+        ValueError, OSError: settings that do not fit the store, each other or the device.
+    """
     set_seed(args.seed)
     model, processor = build_model(settings, store)
     dataset = _dataset(store, "train", model.config, settings, args)
@@ -74,26 +113,7 @@ def run(argv: Sequence[str]) -> int:
             f"fsdp: accelerate shards on accelerators only and would leave it out in silence on "
             f"{args.device.type}; leave it out for plain data parallelism"
         )
-    if trainer.is_world_process_zero():
-        if checkpoint is None:
-            remove_run(output_dir)
-        values = settings.effective(model.config)
-        _say_what_starts(store, dataset, model, args, checkpoint)
-        if checkpoint:
-            for change in changed_settings(values, Path(checkpoint).parent / "settings.yaml"):
-                print(f"  not as before: {change}", flush=True)
-        save_settings(values, output_dir / "settings.yaml")
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except ValueError as error:
-        # Settings and data were checked before: this one needs its traceback.
-        raise RuntimeError(f"training failed: {error}") from error
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        steps = trainer.state.global_step
-        write_model_card(output_dir, store, settings, steps=steps, seed=args.seed)
-        print(f"model written to {output_dir}")
-    return 0
+    return trainer
 
 
 def build_model(settings: Settings, store: Store) -> tuple[MpmaForPreTraining, MpmaProcessor]:
@@ -174,17 +194,12 @@ def _output_directory(path: str | None) -> Path:
     return directory
 
 
-def _say_what_starts(
-    store: Store,
-    dataset: PairDataset,
-    model: MpmaForPreTraining,
-    args: MpmaTrainingArguments,
-    checkpoint: str | None,
-) -> None:
+def _say_what_starts(store: Store, trainer: MpmaTrainer, checkpoint: str | None) -> None:
+    args, dataset = trainer.args, trainer.train_dataset
     batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     steps = math.ceil(dataset.num_studies // batch * args.num_train_epochs)
     steps = args.max_steps if args.max_steps > 0 else steps
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in trainer.model.parameters())
     print(
         f"{len(dataset)} training pairs of {dataset.num_studies} studies from {store.path}, "
         f"{parameters / 1e6:.1f} M parameters, about {steps} steps of {batch} pairs on "

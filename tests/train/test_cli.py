@@ -13,7 +13,8 @@ def test_help_names_every_command_without_importing_torch():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    commands = ("prepare", "pretrain", "evaluate", "convert", "export", "embed", "env", "bench")
+    commands = ("prepare", "pretrain", "evaluate", "convert", "export", "embed", "env")
+    commands += ("bench", "profile")
     assert all(f"\n    {name} " in done.stdout for name in commands)
 
 
