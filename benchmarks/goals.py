@@ -62,11 +62,12 @@ GOALS = (
 )
 
 
-# What a DeviceGoal measures. A ratio is the time of the fastest of `against`, over ours.
-RATIO = "times as fast"
-COPY_SHARE = "share of the copy bandwidth"
-GEMM_SHARE = "share of the GEMM rate"
-EXTRA_BYTES = "extra bytes"
+# What a DeviceGoal measures, in words that follow the value. A ratio is the time of the fastest of
+# `against` over ours.
+RATIO = "as fast"
+COPY_SHARE = "of the copy bandwidth"
+GEMM_SHARE = "of the GEMM rate"
+EXTRA_BYTES = "of extra memory"
 
 
 @dataclass(frozen=True)

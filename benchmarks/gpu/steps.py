@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("correctness", "sanitizer", "repeatability", "timings")
@@ -28,6 +31,7 @@ TIMINGS = {
 }
 PASSED, FAILED, SKIPPED, OUT_OF_TIME = "passed", "failed", "skipped", "out of time"
 SKIP = 77  # the exit status of a step that says why it could not be taken
+LINES = 40  # that are kept of what a step prints
 GRACE = 15  # seconds that an interrupted step has to write down what it knows
 
 
@@ -48,12 +52,17 @@ class Step:
 
 @dataclass
 class Outcome:
-    """What became of a step, and what its process wrote down: a reason, and details."""
+    """What became of a step, and what its process wrote down: a reason, and details.
+
+    Attributes:
+        output: the last lines that it printed, unless it passed.
+    """
 
     status: str
     seconds: float
     reason: str = ""
     details: object = None
+    output: list[str] = field(default_factory=list)
 
 
 def steps(
@@ -106,8 +115,15 @@ def run(step: Step, seconds: float) -> Outcome:
             command(step, report),
             cwd=ROOT,
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
             start_new_session=True,
         )
+        printed: deque[str] = deque(maxlen=LINES)
+        printing = threading.Thread(target=_pass_on, args=(process.stdout, printed), daemon=True)
+        printing.start()
         try:
             code = process.wait(seconds)
             status = {0: PASSED, SKIP: SKIPPED}.get(code, FAILED)
@@ -117,7 +133,9 @@ def run(step: Step, seconds: float) -> Outcome:
             _interrupt(process)
         finally:
             _kill(process)
+            printing.join(GRACE)  # what left its session may keep the pipe open
         outcome = Outcome(status, round(time.monotonic() - start, 1), reason)
+        outcome.output = [] if status == PASSED else list(printed)
         if report.exists():
             written = json.loads(report.read_text())
             outcome.reason = ", ".join(filter(None, (written["reason"], reason)))
@@ -145,6 +163,14 @@ def write_checks(folder: Path, machine: dict, step: Step, outcome: Outcome) -> N
     found = json.loads(path.read_text())["steps"] if path.exists() else {}
     found |= {step.name: asdict(outcome) | {"machine": machine}}
     path.write_text(json.dumps({"stage": step.stage, "steps": found}, indent=1) + "\n")
+
+
+def _pass_on(stream: TextIO, printed: deque[str]) -> None:
+    """Print what a process does while it does, and keep the end of it."""
+    with stream:
+        for line in stream:
+            print(line, end="", flush=True)
+            printed.append(line.rstrip())
 
 
 def _interrupt(process: subprocess.Popen) -> None:

@@ -1,6 +1,11 @@
-"""What was measured on a GPU, as tables: goals and what was reached, times, and what is missing."""
+"""What was measured on a GPU, as tables: goals and what was reached, times, and what is missing.
 
+`python -m benchmarks.gpu.tables benchmarks/results/<gpu>` prints them in Markdown, on any machine.
+"""
+
+import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +68,12 @@ def tables(measured: dict[str, Measured]) -> Iterator[Table]:
     yield from (t for t in (time_table(measured), absence_table(measured)) if t.rows)
 
 
+def markdown(table: Table) -> str:
+    """A table with its title."""
+    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
+    return "\n".join([f"{table.title}:", "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
 def goal_table(measured: dict[str, Measured], goals: Sequence[DeviceGoal] = DEVICE_GOALS) -> Table:
     """Every goal, and what each backend reached of it."""
     lines = []
@@ -93,7 +104,7 @@ def shown(goal: DeviceGoal, value: float) -> str:
     """A value of a goal's measure as text."""
     if goal.measure == RATIO:
         return f"{value:.2f} ×"
-    return f"{value / 1e6:.0f} M" if goal.measure == EXTRA_BYTES else f"{value:.0%}"
+    return f"{value / 1e6:.0f} MB" if goal.measure == EXTRA_BYTES else f"{value:.0%}"
 
 
 def judgement(goal: DeviceGoal, backend: str, measured: Measured | None) -> str:
@@ -175,3 +186,16 @@ def absence_table(measured: dict[str, Measured]) -> Table:
             lines.append((f"`{each['operator']}`", *(each[key] for key in about), reason))
     columns = ("operator", "shape", "mode", "backend", "baseline", "reason")
     return Table("bfloat16: not measured", columns, lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables of a device's folder."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.tables")
+    parser.add_argument("folder", type=Path)
+    measured = read(parser.parse_args(argv).folder)
+    print("\n\n".join(map(markdown, tables(measured))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

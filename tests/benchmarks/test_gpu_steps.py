@@ -46,18 +46,22 @@ def play(programs, seconds=20, **of_step):
     return dict(zip(of_step, outcomes, strict=True))
 
 
-def test_what_fails_is_recorded_and_the_next_one_goes_on(programs):
+def test_what_fails_is_recorded_and_the_next_one_goes_on(programs, capsys):
     found = play(
         programs,
         wrong="raise SystemExit(3)",
         crashed="import os; os.abort()",
         skipped=WRITE + "write_report(report, None, 'no tool'); sys.exit(77)",
         right=WRITE + "write_report(report, [1, 2])",
+        chatty="for n in range(999): print('line', n)\nraise SystemExit('the end')",
     )
     assert found["wrong"].status == found["crashed"].status == FAILED
     assert found["wrong"].reason == "exit status 3" and found["crashed"].reason == "exit status -6"
     assert (found["skipped"].status, found["skipped"].reason) == (SKIPPED, "no tool")
     assert (found["right"].status, found["right"].details) == (PASSED, [1, 2])
+    assert found["chatty"].output[-2:] == ["line 998", "the end"]
+    assert len(found["chatty"].output) == steps.LINES
+    assert "line 0\nline 1\n" in capsys.readouterr().out
 
 
 def test_a_step_that_takes_too_long_says_what_it_knows(programs):

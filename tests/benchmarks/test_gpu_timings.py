@@ -122,6 +122,18 @@ def test_what_refuses_is_no_failure_and_what_differs_is(monkeypatch, tmp_path):
     assert report["reason"] == "4 comparisons failed"
 
 
+@pytest.mark.parametrize("factor", [1, 2])
+def test_an_error_of_others_code_is_no_failure_but_other_results_are(factor, monkeypatch, tmp_path):
+    def other(query, key, value, key_padding_mask):
+        assert factor != 1, "a compiler's own"
+        return BASELINES["masked_attention"]["eager"](query, key, factor * value)
+
+    monkeypatch.setitem(BASELINES["masked_attention"], "flex", other)
+    cases = list(every("masked_attention", [SMALL], ("flex",)))
+    (absent,) = measure(monkeypatch, tmp_path, "masked_attention", cases)["absent"]
+    assert absent["refused"] == (factor == 1)
+
+
 def test_a_wrong_kernel_is_not_timed(monkeypatch, tmp_path):
     right = mpma_ext.masked_attention
 
@@ -245,7 +257,7 @@ def test_other_measures():
     gemm = DeviceGoal("token_patch_similarity", Similarity(2, 3, 4, 5), GEMM_SHARE, 0.6)
     assert judged(gemm, [row(gemm, "eager", "cuda")]) == "50%: **no**"
     extra = DeviceGoal("memory_attention", Memory(2, 5, 2, 8, 40, 4), EXTRA_BYTES, 2e6)
-    assert judged(extra, [row(extra, "eager", "cuda")]) == "2 M: yes"
+    assert judged(extra, [row(extra, "eager", "cuda")]) == "2 MB: yes"
     assert judged(extra, [row(extra, "eager", "cuda", ours_peak_bytes=2e6 + 1)]).endswith("**no**")
     beside = DeviceGoal("masked_attention", SMALL, RATIO, 1.5, ("triton",), backends=("cuda",))
     ours = row(beside, "sdpa", "cuda", ours_ms=2.0)
@@ -261,7 +273,7 @@ def test_nothing_measured_is_said_of_every_goal(tmp_path):
         assert "not measured" in line
 
 
-def test_times_and_absences(monkeypatch, tmp_path):
+def test_times_and_absences(tmp_path, capsys):
     (goal, *_) = DEVICE_GOALS
     measured = {"machine": MACHINE, "absent": [refusal(goal, "flex")]}
     measured["rows"] = [row(goal, "sdpa", "cuda", ours_ms=0.5), row(goal, "eager", "cuda")]
@@ -273,6 +285,9 @@ def test_times_and_absences(monkeypatch, tmp_path):
     assert baselines == "sdpa 1 (2) · eager 1 (2)"
     (line,) = absences.rows
     assert line[-3:] == ("cuda", "flex", "RefusalError: not installed")
+    assert tables.main([str(tmp_path / "some-gpu")]) == 0
+    printed = capsys.readouterr().out
+    assert f"| `{goal.operator}` | {goal.shape} | {goal.mode} | 0.5 (2) | not measured |" in printed
 
 
 # ---- what asks the GPU itself, on a machine that plays one ---------------------------------------
