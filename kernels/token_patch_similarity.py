@@ -400,4 +400,6 @@ def compile_cases() -> Iterator["Case"]:
     yield from cases(STEM, _similarity, tensors, by_gram)
     yield from cases(STEM, _similarity, tensors, without, " without Gram")
     yield from cases(STEM, _similarity, tensors, many, " many tokens")
-    yield from cases(STEM, _similarity, tensors, many | {"SAFE": False}, " large temperature")
+    unsafe = {"SAFE": False}
+    yield from cases(STEM, _similarity, tensors, without | unsafe, " large temperature")
+    yield from cases(STEM, _similarity, tensors, many | unsafe, " many tokens large temperature")

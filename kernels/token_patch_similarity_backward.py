@@ -438,9 +438,10 @@ def compile_cases() -> Iterator["Case"]:
     tensors |= {"grad_scores": None} | dict.fromkeys(("token_mask", "patch_mask"), torch.bool)
     of_scores = ("scores", "statistics", "column", "token_norm", "grad_output")
     tensors |= dict.fromkeys(of_scores, torch.float32)
-    yield from cases(STEM, _weights, tensors, {"SAFE": True, "column": None})
-    yield from cases(STEM, _weights, tensors, {"SAFE": True, "T": 200}, " many tokens")
-    yield from cases(STEM, _weights, tensors, {"SAFE": False, "T": 200}, " large temperature")
+    for safe, variant in ((True, ""), (False, " large temperature")):
+        yield from cases(STEM, _weights, tensors, {"SAFE": safe, "column": None}, variant)
+        many = {"SAFE": safe, "T": 200}
+        yield from cases(STEM, _weights, tensors, many, f" many tokens{variant}")
     of_grad = {"grad_report": 256, "grad_image": 1}
     by_gram, without = {"BY_GRAM": True, "N": 208}, {"BY_GRAM": False, "N": 768}
     yield from cases(STEM, _token_gradients, tensors, by_gram | of_grad)
