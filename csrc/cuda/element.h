@@ -19,7 +19,7 @@
 #define MPMA_UNROLL _Pragma("unroll")
 #define MPMA_NO_UNROLL _Pragma("unroll 1")
 // Over the depth of a product of T: float32 needs twice the registers a step.
-#define MPMA_UNROLL_PRODUCT _Pragma("unroll(kIsHalf<T> ? 4 : 1)")
+#define MPMA_UNROLL_PRODUCT _Pragma("unroll(kIsHalf<T> ? kUnroll : 1)")
 #endif
 
 namespace mpma::cuda {

@@ -1,12 +1,6 @@
 // The operators of masked attention on CUDA: padded, packed as (query, key, value) and of packed sequences. They differ
 // only in where the rows of a sequence lie, and share one forward and one backward.
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -15,6 +9,7 @@
 
 #include "cuda/masked_attention_launch.h"
 #include "cuda/masked_attention_offsets.h"
+#include "cuda/tensors.h"
 
 namespace mpma::cuda {
 
@@ -24,9 +19,6 @@ MPMA_ATTENTION_LAUNCHERS(extern, float)
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using torch::stable::accelerator::DeviceGuard;
 using Shape = std::vector<int64_t>;
 using Optional = std::optional<Tensor>;
 
@@ -120,19 +112,6 @@ Rows<T> statistics_of(const Tensor& tensor) {
   return rows;
 }
 
-// Rows are read in place where their elements lie side by side, and 16 bytes at a time where they are aligned. Rows that
-// a copy would align are copied.
-Tensor readable(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1, size = tensor.element_size();
-  if (tensor.numel() == 0) return tensor;
-  bool in_place = tensor.stride(last) == 1 || tensor.size(last) < 2;
-  if (tensor.size(last) * size % 16 == 0) {
-    in_place = in_place && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-    for (int64_t i = 0; i < last; ++i) in_place = in_place && (tensor.size(i) < 2 || tensor.stride(i) * size % 16 == 0);
-  }
-  return in_place ? tensor : torch::stable::contiguous(tensor);
-}
-
 // ---- one call -------------------------------------------------------------------------------------------------------
 
 // What a forward and a backward are both given, whatever the element type.
@@ -144,12 +123,6 @@ struct Call {
   double scale;
   void* stream;
 };
-
-void* current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return stream;
-}
 
 Call make_call(
     const Tensor& query, const Shape& sizes, int64_t query_rows, int64_t key_rows, double scale, double p,
@@ -226,17 +199,6 @@ Call packed_call(
   clean.count = count;
   launch_clean_offsets(clean, call.stream);
   return call;
-}
-
-// f(an element) for the element type of a tensor.
-template <class F>
-void by_type(const Tensor& tensor, const F& f) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::BFloat16: return f(Bfloat16{});
-    case ScalarType::Half: return f(Half{});
-    default: STD_TORCH_CHECK(false, "masked_attention: the CUDA kernels serve float32, bfloat16 and float16");
-  }
 }
 
 template <class T>

@@ -82,7 +82,7 @@ MPMA_DEVICE Kept<kM, kN> kept_by_key(const DropoutDraw& draw, int j0, int i0) {
           draw.quad(j0 / 4 + 4 * m + lane / 16 + key / 2 * 2, i0 + 8 * n + lane % 4 * 2 + key % 2);
       uint32_t bits = 0;
       MPMA_UNROLL
-      for (int i = 0; i < 4; ++i) bits |= (shuffle(mine, (lane & ~12) | i << 2) >> key & 1) << i;
+      for (int i = 0; i < 4; ++i) bits |= (shuffle_xor(mine, 4 * i) >> key & 1) << (key ^ i);
       kept.set(m, n, bits);
     }
   return kept;

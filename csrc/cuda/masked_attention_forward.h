@@ -1,11 +1,11 @@
 // The forward of masked attention. A warp owns 16 or 32 queries of a head, whose sums stay in its registers while the
-// block goes over tiles of keys: the softmax is rescaled from tile to tile. While one tile is worked on the next one is
-// copied. Tiles without a key that takes part are left out.
+// block goes over tiles of keys: the softmax is rescaled from tile to tile.
 #pragma once
 
 #include <type_traits>
 
 #include "cuda/masked_attention_dropout.h"
+#include "cuda/masked_attention_key_tiles.h"
 
 namespace mpma::cuda {
 
@@ -108,71 +108,42 @@ attention_forward_kernel(Attention<T> a, AttentionOutputs<T> to, int parts, int 
       layout.query(warp), a.query.at(place.item, queries.start + first, place.head), a.query.row,
       real_queries<Shape::kQueries>(queries, first), width, a.aligned, lane_index(), kWarp);
   cp_async_commit();
-  const T* const key = a.key.at(place.item, keys.start, place.head);
-  const T* const value = a.value.at(place.item, keys.start, place.head);
-  const auto load = [&](int tile, Real real, int buffer) {
-    const int64_t begin = int64_t{1} * tile * Shape::kKeys;
-    const int thread = thread_index(), threads = thread_count();
-    load_rows(layout.key(buffer), key + begin * a.key.row, a.key.row, real, width, a.aligned, thread, threads);
-    load_rows(layout.value(buffer), value + begin * a.value.row, a.value.row, real, width, a.aligned, thread, threads);
-    cp_async_commit();
-  };
-  const int tiles = static_cast<int>(ceil_divide(keys.length, Shape::kKeys));
-  const auto next_tile = [&](int tile, Real& real) {
-    for (; tile < tiles; ++tile) {
-      real = real_keys<Shape::kKeys>(a, place.item, keys, tile * Shape::kKeys);
-      if (real != 0) break;
-    }
-    return tile;
-  };
+  KeyTiles<T, ForwardLayout<T, kWidth>> tiles(a, layout, place, keys);
+  const bool found = tiles.any();
 
   RunningRows<T, kWidth> rows;
   rows.clear();
-  Real real = 0;
-  int tile = next_tile(0, real), buffer = 0;
-  const bool found = tile < tiles;
-  if (found) load(tile, real, 0);
-  while (tile < tiles) {
-    cp_async_wait<0>();
-    barrier();  // this tile is there, and everybody is done with the one before
-    Real next_real = 0;
-    const int next = next_tile(tile + 1, next_real);
-    if (next < tiles) load(next, next_real, 1 - buffer);
-    if (busy) {
-      Kept<Shape::kM, Shape::kKeys / 8> kept;
-      if constexpr (kDropout)
-        kept = kept_by_query<Shape::kM, Shape::kKeys / 8>(dropout_draw(a, place), first, tile * Shape::kKeys);
-      Accumulator<Shape::kM, Shape::kKeys / 8> scores;
-      scores.clear();
-      multiply(scores, by_rows(layout.query(warp)), by_rows(layout.key(buffer)), kWidth);
-      const float scale = a.scale * kLog2E;
-      const Real mine = real >> (lane_index() % 4 * 2);
+  tiles.for_each([&](int first_key, Real real, int buffer) {
+    if (!busy) return;
+    Kept<Shape::kM, Shape::kKeys / 8> kept;
+    if constexpr (kDropout)
+      kept = kept_by_query<Shape::kM, Shape::kKeys / 8>(dropout_draw(a, place), first, first_key);
+    Accumulator<Shape::kM, Shape::kKeys / 8> scores;
+    scores.clear();
+    multiply_long(scores, by_rows(layout.query(warp)), by_rows(layout.key(buffer)), kWidth);
+    const float scale = a.scale * kLog2E;
+    const Real mine = real >> (lane_index() % 4 * 2);
+    MPMA_UNROLL
+    for (int m = 0; m < Shape::kM; ++m)
+      MPMA_UNROLL
+      for (int n = 0; n < Shape::kKeys / 8; ++n)
+        MPMA_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          float& x = scores.sum[m][n].value[i];
+          x = (mine >> (8 * n + i % 2) & 1) != 0 ? x * scale : -infinity();
+        }
+    rows.rescale(scores);
+    if constexpr (kDropout) {
       MPMA_UNROLL
       for (int m = 0; m < Shape::kM; ++m)
         MPMA_UNROLL
         for (int n = 0; n < Shape::kKeys / 8; ++n)
           MPMA_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            float& x = scores.sum[m][n].value[i];
-            x = (mine >> (8 * n + i % 2) & 1) != 0 ? x * scale : -infinity();
-          }
-      rows.rescale(scores);
-      if constexpr (kDropout) {
-        MPMA_UNROLL
-        for (int m = 0; m < Shape::kM; ++m)
-          MPMA_UNROLL
-          for (int n = 0; n < Shape::kKeys / 8; ++n)
-            MPMA_UNROLL
-            for (int i = 0; i < 4; ++i)
-              if (!kept(m, n, i)) scores.sum[m][n].value[i] = 0.f;
-      }
-      multiply<T>(rows.mixed, scores, by_columns(layout.value(buffer)));
+          for (int i = 0; i < 4; ++i)
+            if (!kept(m, n, i)) scores.sum[m][n].value[i] = 0.f;
     }
-    tile = next;
-    real = next_real;
-    buffer = 1 - buffer;
-  }
-  cp_async_wait<0>();  // the queries, where there was no key
+    multiply<T>(rows.mixed, scores, by_columns(layout.value(buffer)));
+  });
   if (!busy) return;
 
   const int left = queries.length - first;

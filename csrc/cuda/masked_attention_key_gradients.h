@@ -11,7 +11,7 @@ template <class T, int kWidth>
 struct KeyGradientShape {
   static constexpr int kM = kIsHalf<T> && kWidth <= 64 ? 2 : 1;
   static constexpr int kKeys = 16 * kM;   // of a warp
-  static constexpr int kQueries = 32;     // of a tile
+  static constexpr int kQueries = kIsHalf<T> || kWidth <= 64 ? 32 : 16;  // of a tile
   static constexpr int kWarps = 8;        // at most
   static constexpr int kStatistics = 64;  // queries whose statistics are there at a time, at least
   using TileK = Tile<T, kKeys, kWidth>;
@@ -82,7 +82,7 @@ MPMA_DEVICE void store_query_gradient(
     if (row >= rows || column >= a.sizes.width) continue;
     Accumulator<1, 2> sums;
     sums.clear();
-    multiply(
+    multiply_long(
         sums, by_columns(layout.score(0), 0, row), by_columns(layout.key(0), 0, column), warp_count() * Shape::kKeys);
     scale_all(sums, a.scale);
     store_global<T>(sums, rows - row, a.sizes.width - column, [&](int i) {
@@ -110,7 +110,6 @@ attention_key_gradients_kernel(Attention<T> a, AttentionGradients<T> g, int part
   if (block_first >= keys.length && !with_query) return;
   const int warp = warp_index(), first = block_first + warp * Shape::kKeys;
   const uint32_t real = real_keys<Shape::kKeys>(a, place.item, keys, first);
-  const uint32_t mine = real >> (lane_index() / 4);  // bit 16 m + 8 i: of this lane's rows
 
   const auto load_own = [&](const typename Shape::TileK& tile, const Rows<const T>& rows) {
     const T* const start = rows.at(place.item, keys.start + first, place.head);
@@ -155,13 +154,14 @@ attention_key_gradients_kernel(Attention<T> a, AttentionGradients<T> g, int part
     barrier();  // this tile is there, and everybody is done with the one before and with its scores
     if (tile + 1 < tiles) load_queries(tile + 1, 1 - buffer);
     if (real != 0) {
+      const auto query = layout.query(buffer), gradient = layout.gradient(buffer);
+      scores.clear();
+      multiply_long<kDropout ? 2 : 4>(scores, by_rows(layout.key(warp)), by_rows(query), kWidth);
       Kept<Shape::kM, Shape::kQueries / 8> kept;
       if constexpr (kDropout)
         kept = kept_by_key<Shape::kM, Shape::kQueries / 8>(dropout_draw(a, place), first, begin);
-      const auto query = layout.query(buffer), gradient = layout.gradient(buffer);
-      scores.clear();
-      multiply(scores, by_rows(layout.key(warp)), by_rows(query), kWidth);
       const float scale = a.scale * kLog2E;
+      const uint32_t mine = real >> (lane_index() / 4);  // bit 16 m + 8 i: of this lane's rows
       MPMA_UNROLL
       for (int n = 0; n < Shape::kQueries / 8; ++n)
         MPMA_UNROLL
@@ -193,7 +193,7 @@ attention_key_gradients_kernel(Attention<T> a, AttentionGradients<T> g, int part
       if (g.key.data != nullptr || with_query) {
         typename KeySums<T, kWidth>::Scores grad_weights;
         grad_weights.clear();
-        multiply(grad_weights, by_rows(layout.value(warp)), by_rows(gradient), kWidth);
+        multiply_long<1>(grad_weights, by_rows(layout.value(warp)), by_rows(gradient), kWidth);
         MPMA_UNROLL
         for (int n = 0; n < Shape::kQueries / 8; ++n)
           MPMA_UNROLL
@@ -222,11 +222,14 @@ attention_key_gradients_kernel(Attention<T> a, AttentionGradients<T> g, int part
     buffer = 1 - buffer;
   }
   cp_async_wait<0>();  // the keys, where there was no query
-  const int left = keys.length - first;
+  // Once more, rather than kept in registers all the while.
+  const Place here = place_of(a, parts);
+  const Extent own = keys_of(a, here.item);
+  const int left = own.length - first;
   if (g.value.data != nullptr)
-    sums.store(sums.value, real, 1.f, g.value, place, keys.start + first, left, width);
+    sums.store(sums.value, real, 1.f, g.value, here, own.start + first, left, width);
   if (g.key.data != nullptr)
-    sums.store(sums.key, real, a.scale, g.key, place, keys.start + first, left, width);
+    sums.store(sums.key, real, a.scale, g.key, here, own.start + first, left, width);
 }
 
 // How the keys of a head are shared: whether one block can have them all decides who makes the gradient of queries.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/masked_attention_gradients.h"
+#include "cuda/masked_attention_key_tiles.h"
 
 namespace mpma::cuda {
 
@@ -59,26 +60,7 @@ attention_query_gradients_kernel(Attention<T> a, AttentionGradients<T> g, int pa
   load_own(layout.query(warp), a.query, a.aligned);
   load_own(layout.gradient(warp), g.grad_output, g.aligned);
   cp_async_commit();
-  const T* const key = a.key.at(place.item, keys.start, place.head);
-  const T* const value = a.value.at(place.item, keys.start, place.head);
-  const auto load = [&](int tile, uint32_t real, int buffer) {
-    const int64_t begin = int64_t{1} * tile * Shape::kKeys;
-    const int thread = thread_index(), threads = thread_count();
-    load_rows(layout.key(buffer), key + begin * a.key.row, a.key.row, real, width, a.aligned, thread, threads);
-    load_rows(layout.value(buffer), value + begin * a.value.row, a.value.row, real, width, a.aligned, thread, threads);
-    cp_async_commit();
-  };
-  const int tiles = static_cast<int>(ceil_divide(keys.length, Shape::kKeys));
-  const auto next_tile = [&](int tile, uint32_t& real) {
-    for (; tile < tiles; ++tile) {
-      real = real_keys<Shape::kKeys>(a, place.item, keys, tile * Shape::kKeys);
-      if (real != 0) break;
-    }
-    return tile;
-  };
-  uint32_t real = 0;
-  int tile = next_tile(0, real), buffer = 0;
-  if (tile < tiles) load(tile, real, 0);
+  KeyTiles<T, QueryGradientLayout<T, kWidth>> tiles(a, layout, place, keys);
   float* const statistics = layout.statistics + warp * Shape::kQueries;
   float* const inners = layout.inners + warp * Shape::kQueries;
   query_statistics(a, g, place, queries, first, Shape::kQueries, statistics, inners, 0, 1);
@@ -92,40 +74,30 @@ attention_query_gradients_kernel(Attention<T> a, AttentionGradients<T> g, int pa
 
   Accumulator<1, kWidth / 8> sums;
   sums.clear();
-  while (tile < tiles) {
-    cp_async_wait<0>();
-    barrier();  // this tile is there, and everybody is done with the one before
-    uint32_t next_real = 0;
-    const int next = next_tile(tile + 1, next_real);
-    if (next < tiles) load(next, next_real, 1 - buffer);
-    if (busy) {
-      Kept<1, Shape::kKeys / 8> kept;
-      if constexpr (kDropout)
-        kept = kept_by_query<1, Shape::kKeys / 8>(dropout_draw(a, place), first, tile * Shape::kKeys);
-      Accumulator<1, Shape::kKeys / 8> scores, grad_weights;
-      scores.clear();
-      multiply(scores, by_rows(layout.query(warp)), by_rows(layout.key(buffer)), kWidth);
-      grad_weights.clear();
-      multiply(grad_weights, by_rows(layout.gradient(warp)), by_rows(layout.value(buffer)), kWidth);
-      const float scale = a.scale * kLog2E;
-      const uint32_t real_columns = real >> (lane_index() % 4 * 2);
+  tiles.for_each([&](int first_key, uint32_t real, int buffer) {
+    if (!busy) return;
+    Kept<1, Shape::kKeys / 8> kept;
+    if constexpr (kDropout)
+      kept = kept_by_query<1, Shape::kKeys / 8>(dropout_draw(a, place), first, first_key);
+    Accumulator<1, Shape::kKeys / 8> scores, grad_weights;
+    scores.clear();
+    multiply_long(scores, by_rows(layout.query(warp)), by_rows(layout.key(buffer)), kWidth);
+    grad_weights.clear();
+    multiply_long(grad_weights, by_rows(layout.gradient(warp)), by_rows(layout.value(buffer)), kWidth);
+    const float scale = a.scale * kLog2E;
+    const uint32_t real_columns = real >> (lane_index() % 4 * 2);
+    MPMA_UNROLL
+    for (int n = 0; n < Shape::kKeys / 8; ++n)
       MPMA_UNROLL
-      for (int n = 0; n < Shape::kKeys / 8; ++n)
-        MPMA_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          float& x = scores.sum[0][n].value[i];
-          const bool mine = (real_columns >> (8 * n + i % 2) & 1) != 0;
-          float grad = grad_weights.sum[0][n].value[i];
-          if constexpr (kDropout) grad = kept(0, n, i) ? grad * a.dropout.kept : 0.f;
-          x = mine ? exp2_fast(x * scale - statistic[i / 2]) * (grad - inner[i / 2]) : 0.f;
-        }
-      multiply<T>(sums, scores, by_columns(layout.key(buffer)));
-    }
-    tile = next;
-    real = next_real;
-    buffer = 1 - buffer;
-  }
-  cp_async_wait<0>();  // the queries, where there was no key
+      for (int i = 0; i < 4; ++i) {
+        float& x = scores.sum[0][n].value[i];
+        const bool mine = (real_columns >> (8 * n + i % 2) & 1) != 0;
+        float grad = grad_weights.sum[0][n].value[i];
+        if constexpr (kDropout) grad = kept(0, n, i) ? grad * a.dropout.kept : 0.f;
+        x = mine ? exp2_fast(x * scale - statistic[i / 2]) * (grad - inner[i / 2]) : 0.f;
+      }
+    multiply<T>(sums, scores, by_columns(layout.key(buffer)));
+  });
   if (!busy) return;
   scale_all(sums, a.scale);
   store_global<T>(sums, queries.length - first, width, [&](int row) {

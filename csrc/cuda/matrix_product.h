@@ -68,21 +68,11 @@ MPMA_DEVICE void load_factor(
 template <Factors kFactors, int kM, int kN, class TileA, class TileB>
 MPMA_DEVICE void multiply_tiles(Accumulator<kM, kN>& sums, const TileA& a, int row, const TileB& b, int column) {
   if constexpr (kFactors == Factors::kRowsByRows)
-    multiply(sums, by_rows(a, row, 0), by_rows(b, column, 0), TileA::kColumnCount);
+    multiply_long(sums, by_rows(a, row, 0), by_rows(b, column, 0), TileA::kColumnCount);
   else if constexpr (kFactors == Factors::kRowsByColumns)
-    multiply(sums, by_rows(a, row, 0), by_columns(b, 0, column), TileA::kColumnCount);
+    multiply_long(sums, by_rows(a, row, 0), by_columns(b, 0, column), TileA::kColumnCount);
   else
-    multiply(sums, by_columns(a, 0, row), by_columns(b, 0, column), TileA::kRowCount);
-}
-
-template <int kM, int kN>
-MPMA_DEVICE void add_to(Accumulator<kM, kN>& sums, const Accumulator<kM, kN>& part) {
-  MPMA_UNROLL
-  for (int m = 0; m < kM; ++m)
-    MPMA_UNROLL
-    for (int n = 0; n < kN; ++n)
-      MPMA_UNROLL
-      for (int i = 0; i < 4; ++i) sums.sum[m][n].value[i] += part.sum[m][n].value[i];
+    multiply_long(sums, by_columns(a, 0, row), by_columns(b, 0, column), TileA::kRowCount);
 }
 
 template <class T, Factors kFactors, int kColumns>
@@ -117,15 +107,7 @@ product_kernel(Product<T> p) {
     barrier();  // what was copied is seen by all, and the buffer read a step ago is free
     load(step + Layout::kBuffers - 1);
     const int buffer = static_cast<int>(step % Layout::kBuffers);
-    if constexpr (kIsHalf<T>) {
-      multiply_tiles<kFactors>(sums, layout.a(buffer), row, layout.b(buffer), column);
-    } else {
-      // The tensor cores add to a sum with less care than float32 deserves: they get short ones.
-      Accumulator<kWarpRows / 16, kWarpColumns / 8> part;
-      part.clear();
-      multiply_tiles<kFactors>(part, layout.a(buffer), row, layout.b(buffer), column);
-      add_to(sums, part);
-    }
+    multiply_tiles<kFactors>(sums, layout.a(buffer), row, layout.b(buffer), column);
   }
 
   const int rows = at_most(p.m - row0 - row, kWarpRows), columns = at_most(p.n - column0 - column, kWarpColumns);

@@ -1,17 +1,12 @@
 // Memory attention on CUDA: arguments from PyTorch, results back.
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "cuda/memory_attention_launch.h"
+#include "cuda/tensors.h"
 
 namespace mpma::cuda {
 
@@ -21,16 +16,7 @@ MPMA_MEMORY_LAUNCHERS(extern, float)
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using torch::stable::accelerator::DeviceGuard;
 using Optional = std::optional<Tensor>;
-
-void* current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return stream;
-}
 
 // ---- checks: Python has named what is wrong with the arguments; these guard the memory ------------------------------
 
@@ -42,19 +28,6 @@ void check(
   STD_TORCH_CHECK(
       tensor.scalar_type() == type && tensor.is_cuda() && tensor.get_device_index() == query.get_device_index(),
       "memory_attention: ", name, ": its dtype or device does not fit the query's");
-}
-
-// Rows are read in place where their elements lie side by side, and 16 bytes at a time where they are aligned. Rows that a
-// copy would align are copied.
-Tensor readable(const Tensor& tensor) {
-  const int64_t size = tensor.element_size();
-  if (tensor.numel() == 0) return tensor;
-  bool in_place = tensor.stride(2) == 1 || tensor.size(2) == 1;
-  if (tensor.size(2) * size % 16 == 0) {
-    in_place = in_place && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-    for (int i = 0; i < 2; ++i) in_place = in_place && (tensor.size(i) < 2 || tensor.stride(i) * size % 16 == 0);
-  }
-  return in_place ? tensor : torch::stable::contiguous(tensor);
 }
 
 // The stride of a dimension of which there is one element is never used, and may be any.
@@ -114,17 +87,6 @@ void check_operands(const Tensor& query, const Tensor& key, const Tensor& value,
       slots <= kMost - 1024 && rows <= kMost / (topk > 0 ? topk : 1) && (rows + 31) / 32 * heads <= kMost &&
           slots * heads <= kMost,
       "memory_attention: the CUDA kernels do not serve so many rows, heads or slots");
-}
-
-// f(an element) for the element type.
-template <class F>
-void by_type(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::BFloat16: return f(Bfloat16{});
-    case ScalarType::Half: return f(Half{});
-    default: STD_TORCH_CHECK(false, "memory_attention: the CUDA kernels serve float32, bfloat16 and float16");
-  }
 }
 
 template <class T>

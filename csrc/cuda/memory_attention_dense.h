@@ -164,17 +164,7 @@ memory_dense_kernel(MemoryProblem<T> m, T* output, float* logsumexp) {
     for (int n = 0; n < kWidth / 8; ++n)
       MPMA_UNROLL
       for (int i = 0; i < 4; ++i) mixed.sum[0][n].value[i] *= shrink[i / 2];
-    if constexpr (kIsHalf<T>) {
-      multiply<T>(mixed, weights, by_columns(layout.stream(buffer, 1)));
-    } else {  // a tile's sum by itself: a long bank in one sum loses more than float32 has to
-      Accumulator<1, kWidth / 8> added;
-      added.clear();
-      multiply<T>(added, weights, by_columns(layout.stream(buffer, 1)));
-      MPMA_UNROLL
-      for (int n = 0; n < kWidth / 8; ++n)
-        MPMA_UNROLL
-        for (int i = 0; i < 4; ++i) mixed.sum[0][n].value[i] += added.sum[0][n].value[i];
-    }
+    multiply<T>(mixed, weights, by_columns(layout.stream(buffer, 1)));
     barrier();
   }
   MPMA_UNROLL

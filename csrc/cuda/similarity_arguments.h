@@ -2,21 +2,13 @@
 // what is wrong with them; this guards the memory.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
 #include <vector>
 
-#include "cuda/element.h"
+#include "cuda/tensors.h"
 
 namespace mpma::cuda {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Mask = std::optional<Tensor>;
 
 inline void check_mask(const Mask& mask, const Tensor& of, const char* name) {
@@ -50,23 +42,6 @@ inline Tensor empty_gradient(const Tensor& of, bool needed) {
   std::vector<int64_t> shape = {0};
   if (needed) shape.assign(of.sizes().begin(), of.sizes().end());
   return torch::stable::new_empty(of, shape, of.scalar_type());
-}
-
-inline void* current_stream(const Tensor& x) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  return stream;
-}
-
-// f(an element) for the element type of a tensor.
-template <class F>
-void by_type(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::BFloat16: return f(Bfloat16{});
-    case ScalarType::Half: return f(Half{});
-    default: STD_TORCH_CHECK(false, "the CUDA kernels of token-patch similarity serve float32, bfloat16 and float16");
-  }
 }
 
 }  // namespace mpma::cuda

@@ -219,6 +219,8 @@ MPMA_DEVICE void store_global(const Accumulator<kM, kN>& a, int rows, int column
 template <class T, int kStride, bool kTransposed>
 struct Factor {
   const T* corner;
+
+  MPMA_DEVICE Factor from(int depth) const { return {corner + depth * (kTransposed ? kStride : 1)}; }
 };
 
 // From row `row` and column `column` on.
@@ -321,8 +323,9 @@ MPMA_DEVICE void multiply_step(Sum& c, const StepA<T>& a, const StepB<T>& b) {
   }
 }
 
-// c += A B over a depth that is a multiple of 16; both begin at their factor's corner. kN is at least 2.
-template <int kM, int kN, class T, int kStrideA, bool kTransposedA, int kStrideB, bool kTransposedB>
+// c += A B over a depth that is a multiple of 16; both begin at their factor's corner. kN is at least 2. kUnroll steps of the
+// 2-byte types go together: fewer take fewer registers.
+template <int kUnroll = 4, int kM, int kN, class T, int kStrideA, bool kTransposedA, int kStrideB, bool kTransposedB>
 MPMA_DEVICE void multiply(
     Accumulator<kM, kN>& c, const Factor<T, kStrideA, kTransposedA>& a, const Factor<T, kStrideB, kTransposedB>& b,
     int depth) {
@@ -345,32 +348,91 @@ MPMA_DEVICE void multiply(
   }
 }
 
-// The same with A in registers: an accumulator of another product, rounded to T.
+// c += part, whose first columns are those from 8 n on of c.
+template <int kM, int kN, int kPart>
+MPMA_DEVICE void add_to(Accumulator<kM, kN>& c, const Accumulator<kM, kPart>& part, int n = 0) {
+  MPMA_UNROLL
+  for (int m = 0; m < kM; ++m)
+    MPMA_UNROLL
+    for (int j = 0; j < kPart; ++j)
+      MPMA_UNROLL
+      for (int i = 0; i < 4; ++i) c.sum[m][n + j].value[i] += part.sum[m][j].value[i];
+}
+
+// multiply over a long depth. The tensor cores add to a sum with less care than float32 deserves, which has three products
+// to add: so each 32 in depth have a sum of their own there.
+template <int kUnroll = 4, int kM, int kN, class T, int kStrideA, bool kTransposedA, int kStrideB, bool kTransposedB>
+MPMA_DEVICE void multiply_long(
+    Accumulator<kM, kN>& c, const Factor<T, kStrideA, kTransposedA>& a, const Factor<T, kStrideB, kTransposedB>& b,
+    int depth) {
+  if constexpr (kIsHalf<T>) {
+    multiply<kUnroll>(c, a, b, depth);
+  } else {
+    MPMA_NO_UNROLL
+    for (int k = 0; k < depth; k += 32) {
+      Accumulator<kM, kN> part;
+      part.clear();
+      multiply(part, a.from(k), b.from(k), depth - k < 32 ? depth - k : 32);
+      add_to(c, part);
+    }
+  }
+}
+
+// A step's operands of 16 rows of an accumulator, from depth `depth` on, rounded to T.
+template <class T, int kM, int kN>
+MPMA_DEVICE StepA<T> load_a(const Accumulator<kM, kN>& a, int m, int depth) {
+  StepA<T> step;
+  const float* x = a.sum[m][depth / 8].value;
+  if constexpr (kIsHalf<T>) {
+    const float* y = a.sum[m][depth / 8 + 1].value;
+    step.value = {{pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(y[0], y[1]), pack<T>(y[2], y[3])}};
+  } else {
+    split_tf32(x[0], x[2], x[1], x[3], step);
+  }
+  return step;
+}
+
+// c += A B with A in registers: an accumulator of another product. As in multiply_long, float32 has a sum of its own here.
 template <class T, int kM, int kN, int kDepth8, int kStrideB, bool kTransposedB>
 MPMA_DEVICE void multiply(
     Accumulator<kM, kN>& c, const Accumulator<kM, kDepth8>& a, const Factor<T, kStrideB, kTransposedB>& b) {
   static_assert(kN % 2 == 0 && kDepth8 % 2 == 0, "columns and depth come 16 at a time");
-  MPMA_UNROLL
-  for (int k = 0; k < 8 * kDepth8; k += kDepthStep<T>) {
-    StepA<T> left[kM];
+  if constexpr (kIsHalf<T>) {
     MPMA_UNROLL
-    for (int m = 0; m < kM; ++m) {
-      const float* x = a.sum[m][k / 8].value;
-      if constexpr (kIsHalf<T>) {
-        const float* y = a.sum[m][k / 8 + 1].value;
-        left[m].value = {{pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(y[0], y[1]), pack<T>(y[2], y[3])}};
-      } else {
-        split_tf32(x[0], x[2], x[1], x[3], left[m]);
+    for (int k = 0; k < 8 * kDepth8; k += kDepthStep<T>) {
+      StepA<T> left[kM];
+      MPMA_UNROLL
+      for (int m = 0; m < kM; ++m) left[m] = load_a<T>(a, m, k);
+      MPMA_UNROLL
+      for (int n = 0; n < kN; n += 2) {
+        StepB<T> right[2];
+        load_b(b, 8 * n, k, right);
+        MPMA_UNROLL
+        for (int m = 0; m < kM; ++m)
+          MPMA_UNROLL
+          for (int half = 0; half < 2; ++half) multiply_step(c.sum[m][n + half], left[m], right[half]);
       }
     }
+  } else {
+    StepA<T> left[kDepth8][kM];
+    MPMA_UNROLL
+    for (int k = 0; k < kDepth8; ++k)
+      MPMA_UNROLL
+      for (int m = 0; m < kM; ++m) left[k][m] = load_a<T>(a, m, 8 * k);
     MPMA_UNROLL
     for (int n = 0; n < kN; n += 2) {
-      StepB<T> right[2];
-      load_b(b, 8 * n, k, right);
+      Accumulator<kM, 2> part;
+      part.clear();
       MPMA_UNROLL
-      for (int m = 0; m < kM; ++m)
+      for (int k = 0; k < kDepth8; ++k) {
+        StepB<T> right[2];
+        load_b(b, 8 * n, 8 * k, right);
         MPMA_UNROLL
-        for (int half = 0; half < 2; ++half) multiply_step(c.sum[m][n + half], left[m], right[half]);
+        for (int m = 0; m < kM; ++m)
+          MPMA_UNROLL
+          for (int half = 0; half < 2; ++half) multiply_step(part.sum[m][half], left[k][m], right[half]);
+      }
+      add_to(c, part, n);
     }
   }
 }

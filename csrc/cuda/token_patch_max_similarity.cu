@@ -25,16 +25,6 @@ void check_index(
       name, ": expected int32 (reports, images, rows) on the device of the operands");
 }
 
-// Rows are read in place where their features lie side by side, 16 bytes at a time where they are aligned. Rows that
-// a copy would align are copied.
-template <class T>
-Tensor readable(const Tensor& x) {
-  const bool together = x.size(2) < 2 || x.stride(2) == 1;
-  const T* data = static_cast<const T*>(x.const_data_ptr());
-  const bool copied = !together || (x.size(2) % kVector<T> == 0 && !aligned_rows(data, x.stride(0), x.stride(1)));
-  return copied ? torch::stable::contiguous(x) : x;
-}
-
 template <class T>
 Side<T> side_of(const Tensor& rows, const Mask& mask) {
   return {
@@ -47,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_patch_max_similarity(
     const Tensor& tokens, const Tensor& patches, const Mask& token_mask, const Mask& patch_mask) {
   check_operands(tokens, patches, token_mask, patch_mask);
   check_sizes(tokens, patches);
-  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
+  const DeviceGuard guard(tokens.get_device_index());
   const std::vector<int64_t> pairs = {tokens.size(0), patches.size(0)};
   const std::vector<int64_t> by_token = {pairs[0], pairs[1], tokens.size(1)};
   const std::vector<int64_t> by_patch = {pairs[0], pairs[1], patches.size(1)};
@@ -59,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_patch_max_similarity(
   if (several_row_tiles(tokens.size(1))) of_patch = torch::stable::new_empty(tokens, by_patch, ScalarType::Float);
   by_type(tokens, [&](auto element) {
     using T = decltype(element);
-    const Tensor w = readable<T>(tokens), v = readable<T>(patches);
+    const Tensor w = readable(tokens), v = readable(patches);
     ForwardArguments<T> g = {};
     g.tokens = side_of<T>(w, token_mask);
     g.patches = side_of<T>(v, patch_mask);
@@ -85,7 +75,7 @@ std::tuple<Tensor, Tensor> token_patch_max_similarity_backward(
   check_gradient(grad_patches_to_tokens, tokens, patches);
   check_index(patch_index, tokens, patches, tokens, "patch_index");
   check_index(token_index, tokens, patches, patches, "token_index");
-  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
+  const DeviceGuard guard(tokens.get_device_index());
   const Tensor grad_tokens = empty_gradient(tokens, need_tokens), grad_patches = empty_gradient(patches, need_patches);
   if (!need_tokens && !need_patches) return {grad_tokens, grad_patches};
   const Tensor grad_to_patches = torch::stable::contiguous(grad_tokens_to_patches);
@@ -95,7 +85,7 @@ std::tuple<Tensor, Tensor> token_patch_max_similarity_backward(
       torch::stable::new_empty(tokens, {backward_workspace(reports, images)}, ScalarType::Float);
   by_type(tokens, [&](auto element) {
     using T = decltype(element);
-    const Tensor w = readable<T>(tokens), v = readable<T>(patches);
+    const Tensor w = readable(tokens), v = readable(patches);
     BackwardArguments<T> g = {};
     g.tokens = side_of<T>(w, token_mask);
     g.patches = side_of<T>(v, patch_mask);

@@ -40,7 +40,7 @@ Tensor token_patch_similarity(
     const Tensor& tokens, const Tensor& patches, const Mask& token_mask, const Mask& patch_mask,
     double attention_temperature, double pooling_temperature) {
   check_operands(tokens, patches, token_mask, patch_mask);
-  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
+  const DeviceGuard guard(tokens.get_device_index());
   const Tensor out = torch::stable::new_empty(tokens, {tokens.size(0), patches.size(0)}, ScalarType::Float);
   by_type(tokens, [&](auto element) {
     const auto problem = problem_of<decltype(element)>(
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> token_patch_similarity_backward(
     bool need_patches) {
   check_operands(tokens, patches, token_mask, patch_mask);
   check_gradient(grad_output, tokens, patches);
-  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
+  const DeviceGuard guard(tokens.get_device_index());
   const Tensor grad_tokens = empty_gradient(tokens, need_tokens), grad_patches = empty_gradient(patches, need_patches);
   if (!need_tokens && !need_patches) return {grad_tokens, grad_patches};
   by_type(tokens, [&](auto element) {
