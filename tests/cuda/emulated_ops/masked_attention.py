@@ -9,15 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emulated_ops import device
+from emulated_ops import device, new_gradients, readable, suffix, wanted
 
 
-def readable(tensor):
-    """In the machine's memory; copied first where the elements of a row are apart."""
-    last = tensor.shape[-1]
-    return device("masked_attention").put(
-        tensor if last < 2 or tensor.stride(-1) == 1 else tensor.contiguous()
-    )
+def operands_of(*tensors):
+    return [readable(device("masked_attention"), x) for x in tensors]
 
 
 def rows(tensor, steps=None):
@@ -78,10 +74,8 @@ class Call:
 
     def launch(self, name, rest):
         numbers = torch.tensor([*self.numbers(), *rest], dtype=torch.int64)
-        dtype = str(self.operands[0].dtype).removeprefix("torch.")
-        device("masked_attention").call(
-            f"{name}_{dtype}", numbers, float(self.scale), 1 / (1 - self.p)
-        )
+        function = f"{name}_{suffix(self.operands[0])}"
+        device("masked_attention").call(function, numbers, float(self.scale), 1 / (1 - self.p))
 
     def forward(self):
         query = self.operands[0]
@@ -95,32 +89,20 @@ class Call:
 
     def backward(self, grad_output, output, logsumexp, gradients):
         """Fills the gradients of query, key and value; None is one not needed."""
-        saved = [readable(x) for x in (grad_output, output)]
+        saved = operands_of(grad_output, output)
         logsumexp = device("masked_attention").put(logsumexp)
         if any(x is not None and x.numel() for x in gradients):
             numbers = [*rows(saved[0]), *rows(saved[1]), *of_statistics(logsumexp)]
             self.launch("backward", [*numbers, *(n for x in gradients for n in rows(x))])
 
 
-def new_gradients(operands, needs):
-    machine = device("masked_attention")
-    pairs = zip(operands, needs, strict=True)
-    return [machine.empty(x.shape, x.dtype) if need else None for x, need in pairs]
-
-
-def with_empty(gradients, operands):
-    """The gradients, an empty tensor for one not needed."""
-    pairs = zip(gradients, operands, strict=True)
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient, x in pairs)
-
-
 def masked_attention(query, key, value, key_padding_mask, scale, dropout_p, dropout_seed):
-    operands = [readable(x) for x in (query, key, value)]
+    operands = operands_of(query, key, value)
     return Call(operands, scale, dropout_p, dropout_seed, mask=key_padding_mask).forward()
 
 
 def masked_attention_qkvpacked(qkv, key_padding_mask, scale, dropout_p, dropout_seed):
-    operands = list(readable(qkv).unbind(2))
+    operands = list(operands_of(qkv)[0].unbind(2))
     return Call(operands, scale, dropout_p, dropout_seed, mask=key_padding_mask).forward()
 
 
@@ -136,7 +118,7 @@ def masked_attention_varlen(
     dropout_p,
     dropout_seed,
 ):
-    operands = [readable(x) for x in (query, key, value)]
+    operands = operands_of(query, key, value)
     offsets, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
     call = Call(operands, scale, dropout_p, dropout_seed, offsets=offsets, longest=longest)
     return call.forward()
@@ -157,17 +139,18 @@ def masked_attention_backward(
     need_key,
     need_value,
 ):
-    operands = [readable(x) for x in (query, key, value)]
-    gradients = new_gradients(operands, (need_query, need_key, need_value))
+    operands = operands_of(query, key, value)
+    needs = (need_query, need_key, need_value)
+    gradients = new_gradients(device("masked_attention"), operands, needs)
     call = Call(operands, scale, dropout_p, dropout_seed, mask=key_padding_mask)
-    call.backward(grad_output, output, logsumexp, gradients)
-    return with_empty(gradients, operands)
+    call.backward(grad_output, output, logsumexp, wanted(gradients, needs))
+    return gradients
 
 
 def masked_attention_qkvpacked_backward(
     grad_output, qkv, output, logsumexp, key_padding_mask, scale, dropout_p, dropout_seed
 ):
-    operands = list(readable(qkv).unbind(2))
+    operands = list(operands_of(qkv)[0].unbind(2))
     gradient = device("masked_attention").empty(qkv.shape, qkv.dtype)
     call = Call(operands, scale, dropout_p, dropout_seed, mask=key_padding_mask)
     call.backward(grad_output, output, logsumexp, gradient.unbind(2))
@@ -192,9 +175,10 @@ def masked_attention_varlen_backward(
     need_key,
     need_value,
 ):
-    operands = [readable(x) for x in (query, key, value)]
-    gradients = new_gradients(operands, (need_query, need_key, need_value))
+    operands = operands_of(query, key, value)
+    needs = (need_query, need_key, need_value)
+    gradients = new_gradients(device("masked_attention"), operands, needs)
     offsets, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
     call = Call(operands, scale, dropout_p, dropout_seed, offsets=offsets, longest=longest)
-    call.backward(grad_output, output, logsumexp, gradients)
-    return with_empty(gradients, operands)
+    call.backward(grad_output, output, logsumexp, wanted(gradients, needs))
+    return gradients

@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from emulated_ops import device
+from emulated_ops import device, new_gradients, readable, suffix, wanted
 
 
 def memory_attention(query, memory_key, memory_value, topk, scale, dropout_p, dropout_seed):
@@ -14,7 +14,7 @@ def memory_attention(query, memory_key, memory_value, topk, scale, dropout_p, dr
     indices = machine.empty((*query.shape[:2], topk), torch.int32)
     problem = arguments(machine, query, memory_key, memory_value, scale, dropout_p, dropout_seed)
     results = (output, logsumexp, indices)
-    machine.call(function("forward", query), *problem, topk, *results)
+    machine.call(f"forward_{suffix(query)}", *problem, topk, *results)
     return results
 
 
@@ -34,26 +34,19 @@ def memory_attention_backward(
     need_memory_value,
 ):
     machine = device("memory_attention")
-    tensors, needed = (
-        (query, memory_key, memory_value),
-        (need_query, need_memory_key, need_memory_value),
-    )
-    gradients = [
-        machine.empty(t.shape, t.dtype) if need else None
-        for t, need in zip(tensors, needed, strict=True)
-    ]
+    tensors = (query, memory_key, memory_value)
+    needed = (need_query, need_memory_key, need_memory_value)
+    gradients = new_gradients(machine, tensors, needed)
     problem = (
         *arguments(machine, *tensors, scale, dropout_p, dropout_seed),
         *operand(machine, grad_output),
-        *gradients,
+        *wanted(gradients, needed),
     )
     if indices.shape[2]:
         topk_backward(machine, problem, query, len(memory_key), indices, any(needed[1:]))
     else:
         dense_backward(machine, problem, query, output, logsumexp, memory_key, needed)
-    return tuple(
-        g if need else query.new_empty(0) for g, need in zip(gradients, needed, strict=True)
-    )
+    return gradients
 
 
 def topk_backward(machine, problem, query, slots, indices, need_bank):
@@ -66,7 +59,7 @@ def topk_backward(machine, problem, query, slots, indices, need_bank):
         places = machine.empty(indices.shape, torch.int32)
         entries = machine.empty((heads, rows * topk, 4), torch.int32)
         workspace = [counts, starts, places, entries]
-    call = function("topk_backward", query)
+    call = f"topk_backward_{suffix(query)}"
     machine.call(call, *problem, topk, machine.put(indices), *workspace)
 
 
@@ -79,16 +72,12 @@ def dense_backward(machine, problem, query, output, logsumexp, memory_key, neede
         for need in (need_key, need_value)
     ]
     statistics = (*operand(machine, output), machine.put(logsumexp), delta)
-    machine.call(function("dense_backward", query), *problem, *statistics, splits, *parts)
-
-
-def function(name, query):
-    return f"{name}_{str(query.dtype).removeprefix('torch.')}"
+    machine.call(f"dense_backward_{suffix(query)}", *problem, *statistics, splits, *parts)
 
 
 def operand(machine, tensor):
     """A tensor that the kernels can read, and its strides of rows and heads."""
-    there = machine.put(tensor if tensor.stride(2) == 1 else tensor.contiguous())
+    there = readable(machine, tensor)
     return there, *there.stride()[:2]
 
 

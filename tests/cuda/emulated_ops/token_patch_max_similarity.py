@@ -9,7 +9,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from emulated_ops import device
+from emulated_ops import device, new_gradients, readable, suffix, wanted
 
 ROWS_OF_A_TILE = 128  # tokens; longer reports want a workspace
 
@@ -23,7 +23,7 @@ def token_patch_max_similarity(
     indices = [machine.empty((*pairs, x.shape[1]), torch.int32) for x in (tokens, patches)]
     several = tokens.shape[1] > ROWS_OF_A_TILE
     machine.call(
-        f"forward_{name_of(tokens)}",
+        f"forward_{suffix(tokens)}",
         *side(tokens, token_mask),
         *side(patches, patch_mask),
         tokens.shape[2],
@@ -47,34 +47,27 @@ def token_patch_max_similarity_backward(
     need_patches: bool,
 ) -> tuple[Tensor, Tensor]:
     machine = device("token_patch_max_similarity")
-    grads = [
-        machine.empty(x.shape if need else (0,), x.dtype)
-        for x, need in ((tokens, need_tokens), (patches, need_patches))
-    ]
+    needs = (need_tokens, need_patches)
+    grads = new_gradients(machine, (tokens, patches), needs)
     machine.library.backward_floats.restype = ctypes.c_int64
     floats = machine.library.backward_floats(*map(ctypes.c_int64, grad_tokens_to_patches.shape))
     read = (grad_tokens_to_patches, grad_patches_to_tokens, patch_index, token_index)
     machine.call(
-        f"backward_{name_of(tokens)}",
+        f"backward_{suffix(tokens)}",
         *side(tokens, token_mask),
         *side(patches, patch_mask),
         tokens.shape[2],
         *(machine.put(x.contiguous()) for x in read),
         machine.empty((floats,), torch.float32),
-        *(g if need else None for g, need in zip(grads, (need_tokens, need_patches), strict=True)),
+        *wanted(grads, needs),
     )
-    return tuple(grads)
-
-
-def name_of(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return grads
 
 
 def side(rows: Tensor, mask: Tensor | None) -> list:
     """What describes an operand: its rows and mask, sizes and strides."""
     machine = device("token_patch_max_similarity")
-    items, length, width = rows.shape
-    readable = rows if width < 2 or rows.stride(2) == 1 else rows.contiguous()
-    rows, mask = machine.put(readable), None if mask is None else machine.put(mask)
+    items, length, _ = rows.shape
+    rows, mask = readable(machine, rows), None if mask is None else machine.put(mask)
     strides = (0, 0) if mask is None else mask.stride()
     return [rows, mask, items, length, *rows.stride()[:2], *strides]

@@ -2,7 +2,7 @@
 
 import torch
 
-from emulated_ops import device
+from emulated_ops import device, new_gradients, suffix, wanted
 
 # Little, so that small shapes already take several blocks.
 WORKSPACE_LIMIT = 48 << 10
@@ -21,7 +21,7 @@ class _Call:
         pooling_temperature: float,
     ):
         self.device = device("token_patch_similarity")
-        self.type = str(tokens.dtype).removeprefix("torch.")
+        self.type = suffix(tokens)
         self.temperatures = (float(attention_temperature), float(pooling_temperature))
         sides = ((tokens, token_mask), (patches, patch_mask))
         self.operands = [
@@ -76,8 +76,8 @@ def token_patch_similarity_backward(
     call = _Call(
         tokens, patches, token_mask, patch_mask, attention_temperature, pooling_temperature
     )
-    wanted = ((tokens, need_tokens), (patches, need_patches))
-    grads = [call.device.empty(x.shape if need else (0,), x.dtype) for x, need in wanted]
+    needs = (need_tokens, need_patches)
+    grads = new_gradients(call.device, (tokens, patches), needs)
     grad = call.device.put(grad_output)
     call.device.call(
         f"backward_{call.type}",
@@ -86,7 +86,7 @@ def token_patch_similarity_backward(
         call.workspace(True),
         grad,
         *grad.stride(),
-        *(x if need else None for x, (_, need) in zip(grads, wanted, strict=True)),
+        *wanted(grads, needs),
         *call.temperatures,
     )
-    return grads[0], grads[1]
+    return grads
