@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpma_ext
 from mpma_ext import reference
@@ -21,11 +22,25 @@ class Sample:
     integers: tuple[str, ...] = ()  # operands whose ties a nudge would break
 
 
+class ProductsOf(TorchDispatchMode):
+    """Every matrix product, of gradients too, has its operands rounded to `dtype`."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            arguments = [a.to(self.dtype).to(a.dtype) for a in arguments]
+        return function(*arguments, **(keywords or {}))
+
+
 def check(generator, sample: Sample, dtype, wanted, layouts, *, backend="cpu") -> None:
     """Errors of the kernel are at most twice eager's in its dtype, three times for gradients.
 
-    Eager is the definition in that dtype; for float64, in float32, its error times the ratio of
-    their roundings. As eager may by luck be exact, its error is taken to be at least what operands
+    Eager is the definition with the operands of its products in that dtype, sums in float32, as
+    autocast and tensor cores have them; for float64, in float32, its error times the ratio of their
+    roundings. As eager may by luck be exact, its error is taken to be at least what operands
     off by 3 √n roundings make of the result, the most of a few draws: √n is the deviation of n
     independent roundings, those of the longest sum, and 3 deviations is where chance ends. One
     rounding of the result in its own dtype is allowed for.
@@ -39,7 +54,8 @@ def check(generator, sample: Sample, dtype, wanted, layouts, *, backend="cpu") -
         return kernel(**arguments, backend=backend)
 
     ours = outcome(sample, of_backend, wanted, grads, dtype=dtype, layouts=layouts, poison=True)
-    plain = outcome(sample, definition, wanted, grads, dtype=eager_dtype)
+    with ProductsOf(eager_dtype):
+        plain = outcome(sample, definition, wanted, grads, dtype=eager_dtype)
     truth = outcome(sample, definition, wanted, grads, dtype=torch.float64)
     longest = max(size for operand in sample.operands.values() for size in operand.shape)
     sums = torch.float64 if dtype == torch.float64 else torch.float32
