@@ -14,6 +14,7 @@ import re
 import runpy
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SETUP = runpy.run_path(str(ROOT / "setup.py"))  # under another name than __main__ it builds nothing
 FLAGS = [*SETUP["NVCC_FLAGS"], *SETUP["CUDA_ARCHITECTURES"], "-Xptxas", "-v"]
 find_nvcc = SETUP["find_nvcc"]
+PYTHON = sysconfig.get_path("include")
 TABLE = ROOT / "docs" / "kernels" / "cuda.csv"
 EXAMPLE = ROOT / "tests" / "cuda" / "example_kernels.cu"
 COLUMNS = ("source", "kernel", "target", "registers", "stack", "spills", "shared", "nvcc")
@@ -84,7 +86,7 @@ def parse(source: str, report: str, version: str) -> list[Row]:
 
 def compile_source(source: Path, nvcc: str) -> list[Row]:
     """Compiles a source for all targets; RuntimeError with the compiler's words where it fails."""
-    includes = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
+    includes = [f"-I{path}" for path in (ROOT / "csrc", PYTHON, *include_paths())]
     with tempfile.TemporaryDirectory() as folder:
         output = ["-c", str(source), "-o", f"{folder}/compiled.o"]
         run = subprocess.run([nvcc, *FLAGS, *includes, *output], capture_output=True, text=True)
