@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -38,9 +39,24 @@ def summary(junit: Path) -> dict:
         for kind in ("failure", "error"):
             for problem in case.findall(kind):
                 name = f"{case.get('classname')}::{case.get('name')}"
-                # Its text ends with the error, which the message does not always name.
-                failed[name] = f"{problem.get('message')}\n...{(problem.text or '')[-300:]}"[:700]
+                text = problem.text or ""
+                failed[name] = f"{error_of(problem)}\n...{text[-300:]}"[:700]
     return counts | {"failed": dict(list(failed.items())[:MOST_SHOWN])}
+
+
+def error_of(problem: ElementTree.Element) -> str:
+    """What went wrong in the end. Of a file that cannot be imported the message does not tell."""
+    raised = re.findall(r"(?:^E .*\n?)+", problem.text or "", re.MULTILINE)
+    if not raised:
+        return problem.get("message")
+    return raised[-1].splitlines()[0].removeprefix("E").strip()
+
+
+def reason(found: dict) -> str:
+    """How many tests failed, and what the first of them says."""
+    counted = f"{found['failures'] + found['errors']} of {found['tests']} tests failed"
+    errors = [text.splitlines()[0] for text in found["failed"].values()]
+    return f"{counted}, the first with: {errors[0]}" if errors else counted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = pytest.main(["--rootdir", str(ROOT), *options, *workers(), *TRAPS])
         if junit.exists():
             found = summary(junit)
-            wrong = found["failures"] + found["errors"]
-            write_report(arguments.report, found, f"{wrong} of {found['tests']} tests failed")
+            write_report(arguments.report, found, reason(found))
     return int(status)
 
 

@@ -244,27 +244,45 @@ def test_nothing_is_imported_that_a_bare_machine_lacks():
 # ---- correctness and sanitizer ------------------------------------------------------------------
 
 
+def tested(folder, program):
+    """The summary of a file of tests."""
+    (folder / "test_some.py").write_text(program)
+    junit = folder / "junit.xml"
+    options = ("-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={junit}")
+    command = [sys.executable, "-m", "pytest", *options, str(folder)]
+    subprocess.run(command, cwd=folder, capture_output=True)
+    return correctness.summary(junit)
+
+
 def test_failed_tests_are_named(tmp_path):
-    (tmp_path / "test_some.py").write_text(
+    found = tested(
+        tmp_path,
         "def test_right(): pass\n"
         "def test_wrong(): assert 1 == 2, 'so wrong'\n"
         "import pytest\n"
         "def test_left_out(): pytest.skip('why')\n"
         "@pytest.fixture\n"
         "def broken(): raise OSError('no disk')\n"
-        "def test_without_disk(broken): pass\n"
+        "def test_without_disk(broken): pass\n",
     )
-    junit = tmp_path / "junit.xml"
-    options = ("-q", "-p", "no:cacheprovider", f"--junitxml={junit}")
-    subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(tmp_path)], cwd=tmp_path, capture_output=True
-    )
-    found = correctness.summary(junit)
+    assert correctness.reason(found).startswith("2 of 4 tests failed, the first with: ")
+    assert "so wrong" in correctness.reason(found) or "no disk" in correctness.reason(found)
     failed = found.pop("failed")
     assert found == {"tests": 4, "failures": 1, "errors": 1, "skipped": 1}
     wrong, without = sorted(failed)
     assert wrong.endswith("::test_without_disk") and without.endswith("::test_wrong")
     assert "so wrong" in failed[without] and "no disk" in failed[wrong]
+
+
+def test_the_reason_says_why_tests_cannot_be_imported(tmp_path):
+    cause = "try: import no_such_kernels\nexcept ImportError as error:\n"
+    cause += "    raise ImportError(f'the library cannot be loaded ({error})') from error\n"
+    told = correctness.reason(tested(tmp_path, cause))
+    assert told == (
+        "1 of 1 tests failed, the first with: ImportError: the library cannot be loaded "
+        "(No module named 'no_such_kernels')"
+    )
+    assert correctness.reason(tested(tmp_path, "def test_right(): pass")) == "0 of 1 tests failed"
 
 
 def test_the_traps_are_there():
