@@ -1,9 +1,6 @@
 """The compiled CPU kernel of memory attention against a float64 evaluation in plain PyTorch."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -361,17 +358,3 @@ def test_operands_that_do_not_fit_are_refused():
     for wrong in (indices + 10, indices - 10):
         with pytest.raises(RuntimeError, match=r"indices must lie in \[0, 10\)"):
             backward(grad, *saved, wrong, 1.0, 0.0, None, True, True, True)
-
-
-@pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="is the run with portable vectors")
-@cpu_only
-def test_portable_vectors():
-    """Machines with wide vectors never run the portable build by themselves."""
-    chosen = "eager or stable_sort or softmax or threads or dropout"
-    finished = subprocess.run(
-        [sys.executable, "-m", "pytest", "-qxp", "no:cacheprovider", __file__, "-k", chosen],
-        env=os.environ | {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert finished.returncode == 0, finished.stdout[-3000:]
