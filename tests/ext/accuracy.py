@@ -23,27 +23,40 @@ class Sample:
 
 
 class ProductsOf(TorchDispatchMode):
-    """Every matrix product, of gradients too, has its operands rounded to `dtype`."""
+    """Every matrix product, of gradients too, has its operands rounded to `dtype`.
 
-    def __init__(self, dtype: torch.dtype):
+    With a generator, what is rounded is off by half a unit in the last place instead, either way:
+    a few draws show what rounding may come to, where by luck it does little.
+    """
+
+    def __init__(self, dtype: torch.dtype, generator: torch.Generator | None = None):
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.generator = dtype, generator
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
-            arguments = [a.to(self.dtype).to(a.dtype) for a in arguments]
+            arguments = [self.rounded(a) for a in arguments]
         return function(*arguments, **(keywords or {}))
+
+    def rounded(self, operand: Tensor) -> Tensor:
+        rounded = operand.to(self.dtype).to(operand.dtype)
+        if self.generator is None:
+            return rounded
+        signs = torch.randint(0, 2, operand.shape, generator=self.generator) * 2 - 1
+        off = operand * (1 + signs * (torch.finfo(self.dtype).eps / 2))
+        return torch.where(rounded == operand, operand, off)
 
 
 def check(generator, sample: Sample, dtype, wanted, layouts, *, backend="cpu") -> None:
     """Errors of the kernel are at most twice eager's in its dtype, three times for gradients.
 
     Eager is the definition with the operands of its products in that dtype, sums in float32, as
-    autocast and tensor cores have them; for float64, in float32, its error times the ratio of their
-    roundings. As eager may by luck be exact, its error is taken to be at least what operands
-    off by 3 √n roundings make of the result, the most of a few draws: √n is the deviation of n
-    independent roundings, those of the longest sum, and 3 deviations is where chance ends. One
-    rounding of the result in its own dtype is allowed for.
+    autocast and tensor cores have them; but a result that comes in float32 is to have float32's
+    accuracy, and nothing is rounded for it. For float64, eager is the definition in float32, its
+    error times the ratio of their roundings. As eager may by luck be exact, its error is taken to
+    be at least what operands off by 3 √n roundings make of the result, the most of a few draws: √n
+    is the deviation of n independent roundings, those of the longest sum, and 3 deviations is where
+    chance ends. One rounding of the result in its own dtype is allowed for.
     """
     kernel, definition = getattr(mpma_ext, sample.function), getattr(reference, sample.function)
     eager_dtype = torch.float32 if dtype == torch.float64 else dtype
@@ -56,6 +69,8 @@ def check(generator, sample: Sample, dtype, wanted, layouts, *, backend="cpu") -
     ours = outcome(sample, of_backend, wanted, grads, dtype=dtype, layouts=layouts, poison=True)
     with ProductsOf(eager_dtype):
         plain = outcome(sample, definition, wanted, grads, dtype=eager_dtype)
+    if any(result.dtype != eager_dtype for result in plain[0]):  # similarities of half precision
+        plain = outcome(sample, definition, [], None, dtype=eager_dtype)[0], plain[1]
     truth = outcome(sample, definition, wanted, grads, dtype=torch.float64)
     longest = max(size for operand in sample.operands.values() for size in operand.shape)
     sums = torch.float64 if dtype == torch.float64 else torch.float32
@@ -74,9 +89,15 @@ def check(generator, sample: Sample, dtype, wanted, layouts, *, backend="cpu") -
         )
 
     draws = [moved() for _ in range(3)]
+    gradients = [draw[1] for draw in draws]
+    for _ in range(0 if eager_dtype == torch.float32 else 3):
+        with ProductsOf(eager_dtype, generator):
+            drawn = outcome(sample, definition, wanted, grads, dtype=eager_dtype)
+        gradients.append(drawn[1])
+    nearby = [draw[0] for draw in draws], gradients
     for factor, part, names in ((2, 0, [None] * len(grads)), (3, 1, wanted)):
         for got, rough, exact, name, *near in zip(
-            ours[part], plain[part], truth[part], names, *(d[part] for d in draws), strict=True
+            ours[part], plain[part], truth[part], names, *nearby[part], strict=True
         ):
             error = largest(rough - exact) * torch.finfo(dtype).eps / torch.finfo(eager_dtype).eps
             error = max(error, *(largest(n - exact) for n in near))
