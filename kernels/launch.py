@@ -34,6 +34,14 @@ def generation(device: torch.device) -> str:
     return {9: "sm90", 10: "sm100", 11: "sm100"}.get(major, "sm86")
 
 
+def tf32_allowed() -> bool:
+    """Whether PyTorch lets float32 products lose bits.
+
+    `allow_tf32` would tell as well, but raises where that was said by the newer settings.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def launch(stem: str, kernel: str, tensor: torch.Tensor, bucket: str) -> dict[str, int]:
     """Keywords of a kernel's launch for operands such as `tensor`.
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mpma_ext.kernels.launch import DTYPES, SHARED_MEMORY, find, table
+from mpma_ext.kernels.launch import DTYPES, SHARED_MEMORY, find, table, tf32_allowed
 from mpma_ext.kernels.philox import dropout_threshold, dropout_words, seed_words
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def block_k(topk: int) -> int:
 
 def precision() -> str:
     """How tl.dot is to multiply: float32 as three TF32 products, unless PyTorch allows one."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if tf32_allowed() else "tf32x3"
 
 
 def cases(

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mpma_ext.kernels.launch import DTYPES, SHARED_MEMORY, find, table
+from mpma_ext.kernels.launch import DTYPES, SHARED_MEMORY, find, table, tf32_allowed
 
 if TYPE_CHECKING:
     from mpma_ext.kernels.compile import Case
@@ -65,8 +65,7 @@ def packed(mask: torch.Tensor | None) -> torch.Tensor | None:
 
 def precision(tensor: torch.Tensor) -> str:
     """How tl.dot is to multiply: float32 without TF32, unless PyTorch allows it."""
-    tf32 = tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if tensor.dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
 # What a launch says of 256 reports of 64 tokens and 256 images of 196 patches of 768 features.
