@@ -107,13 +107,18 @@ def test_a_forward_kernel_compiles_for_a_gpu_that_is_not_here(kernels):
 
 
 @pytest.mark.parametrize("family", ["masked_attention", "memory_attention", "similarity"])
-def test_tf32_is_used_where_pytorch_allows_it(family, monkeypatch):
+def test_tf32_is_used_where_pytorch_allows_it(family):
     """By the setting of PyTorch 2.9, after which its older `allow_tf32` raises when read."""
     precision = importlib.import_module(f"mpma_ext.kernels.{family}_tiles").precision
     operand, exact = ([torch.empty(0)], "ieee") if family == "similarity" else ([], "tf32x3")
-    for setting, expected in (("ieee", exact), ("tf32", "tf32")):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", setting)
-        assert precision(*operand) == expected
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    try:
+        for setting, expected in (("ieee", exact), ("tf32", "tf32")):
+            products.fp32_precision = setting
+            assert precision(*operand) == expected
+    finally:
+        products.fp32_precision = before
 
 
 def test_faults_of_compiled_kernels_are_found(tmp_path, monkeypatch):
