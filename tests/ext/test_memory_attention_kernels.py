@@ -29,9 +29,6 @@ SHAPES = [
     (100, 40, 8, 300, 0),  # dense, so many heads that one task has all of a head's tiles
 ]
 SHAPES = [shape for shape in SHAPES if shape[-1] <= MOST_KEPT]
-if INTERPRETED:
-    # Not yet: in float32, with dropout, memory_key has a gradient off by 2.5e-5 of 2.3e-5 allowed.
-    SHAPES.remove((70, 1, 128, 150, 0))
 if INTERPRETED or BACKEND == "emulated":
     SHAPES.remove((100, 40, 8, 300, 0))  # its trap is the CPU kernel's
     SHAPES[SHAPES.index((50, 2, 64, 300, 32))] = (34, 1, 64, 130, 32)  # two tiles of each
