@@ -346,9 +346,11 @@ def is_safe(attention_temperature: float, dtype: torch.dtype) -> bool:
 def gram_is_less(dtype: torch.dtype, P: int, D: int, worth: int = 1) -> bool:
     """Whether |c|² is to come from Gram matrices: where P is up to `worth` times D.
 
-    Never in float16, whose range squares of features leave.
+    Never in float16, whose range squares of features leave; in bfloat16 only of more than 16
+    patches, which average out the rounding of the matrix.
     """
-    return dtype != torch.float16 and P <= worth * D
+    precise = {torch.float32: True, torch.bfloat16: P > 16, torch.float16: False}[dtype]
+    return precise and P <= worth * D
 
 
 def token_norms(tokens: torch.Tensor) -> torch.Tensor:
