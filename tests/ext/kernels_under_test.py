@@ -27,8 +27,6 @@ if (BACKEND, DEVICE) not in PLACES:
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 if BACKEND != "cpu":
     DTYPES.remove(torch.float64)
-if BACKEND == "triton" and DEVICE == "cpu":
-    DTYPES.remove(torch.bfloat16)  # the interpreter multiplies wrongly in it
 
 if BACKEND == "emulated":
     sys.path.append(str(Path(__file__).resolve().parent.parent / "cuda"))
