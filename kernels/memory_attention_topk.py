@@ -4,7 +4,7 @@ Two kernels follow each other, and three quantities:
 
     bound       the K-th largest of the maxima of BLOCK_N groups of slots (n % BLOCK_N), which
                 costs one operation a score and is never above the K-th largest score
-    candidates  the slots that score at least the bound, in order of their numbers: 37 of 2,048 on
+    candidates  the slots that score at least the bound, in order of their numbers: 36 of 2,048 on
                 average for K = 32 and independent scores
     best        the candidates that fewer than K others precede, by score, then by number
 
