@@ -1,7 +1,8 @@
 // Tiles of shared memory, and products of them on the tensor cores, a warp at a time.
 //
 // float32 is multiplied as three TF32 products (high high + high low + low high), which keeps about 22 bits of each
-// factor; an infinite factor gives NaN there.
+// factor; an infinite factor gives NaN there. The tensor cores cut off what a sum has no room for instead of rounding it,
+// which adds up: a long sum of float32 is made of short ones, added outside.
 #pragma once
 
 #include "cuda/machine.h"
@@ -359,8 +360,7 @@ MPMA_DEVICE void add_to(Accumulator<kM, kN>& c, const Accumulator<kM, kPart>& pa
       for (int i = 0; i < 4; ++i) c.sum[m][n + j].value[i] += part.sum[m][j].value[i];
 }
 
-// multiply over a long depth. The tensor cores add to a sum with less care than float32 deserves, which has three products
-// to add: so each 32 in depth have a sum of their own there.
+// multiply over a long depth: in float32 each 32 in depth have a sum of their own.
 template <int kUnroll = 4, int kM, int kN, class T, int kStrideA, bool kTransposedA, int kStrideB, bool kTransposedB>
 MPMA_DEVICE void multiply_long(
     Accumulator<kM, kN>& c, const Factor<T, kStrideA, kTransposedA>& a, const Factor<T, kStrideB, kTransposedB>& b,
@@ -374,6 +374,38 @@ MPMA_DEVICE void multiply_long(
       part.clear();
       multiply(part, a.from(k), b.from(k), depth - k < 32 ? depth - k : 32);
       add_to(c, part);
+    }
+  }
+}
+
+// multiply where a sum of its own for all columns would take too many registers: in float32 each step has one, for a few
+// columns at a time, and A is read again for the next few.
+template <int kM, int kN, class T, int kStrideA, bool kTransposedA, int kStrideB, bool kTransposedB>
+MPMA_DEVICE void multiply_by_steps(
+    Accumulator<kM, kN>& c, const Factor<T, kStrideA, kTransposedA>& a, const Factor<T, kStrideB, kTransposedB>& b,
+    int depth) {
+  if constexpr (kIsHalf<T>) {
+    multiply(c, a, b, depth);
+  } else {
+    MPMA_UNROLL
+    for (int n = 0; n < kN; n += 2) {
+      const int odd = n + 1 < kN ? 0 : 1;
+      MPMA_NO_UNROLL
+      for (int k = 0; k < depth; k += kDepthStep<T>) {
+        StepB<T> right[2];
+        load_b(b, 8 * (n - odd), k, right);
+        MPMA_UNROLL
+        for (int m = 0; m < kM; ++m) {
+          const StepA<T> left = load_a(a, 16 * m, k);
+          MPMA_UNROLL
+          for (int half = odd; half < 2; ++half) {
+            Sum part = {{0.f, 0.f, 0.f, 0.f}};
+            multiply_step(part, left, right[half]);
+            MPMA_UNROLL
+            for (int i = 0; i < 4; ++i) c.sum[m][n - odd + half].value[i] += part.value[i];
+          }
+        }
+      }
     }
   }
 }

@@ -142,7 +142,7 @@ forward_kernel(ForwardArguments<T> g) {
         cp_async_wait<kStages - 2>();
         barrier();
         copy_next();  // over the buffer of the step before, which all have done
-        multiply(scores, by_rows(layout.a(buffer), row_at), by_rows(layout.b(buffer), column_at), kDepth);
+        multiply_by_steps(scores, by_rows(layout.a(buffer), row_at), by_rows(layout.b(buffer), column_at), kDepth);
         buffer = buffer + 1 < kStages ? buffer + 1 : 0;
       }
       // The barriers of the next tile's product lie between this tile's reading and that one's writing of maxima.

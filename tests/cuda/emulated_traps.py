@@ -8,11 +8,15 @@ import pytest
 from emulation import ROOT, can_emulate
 
 
-def check_traps(file: str, *options: str) -> None:
-    """Runs tests/ext/<file> with MPMA_TEST_BACKEND=emulated; options are pytest's, such as -k."""
+def check_traps(file: str, *options: str, glue: bool = False) -> None:
+    """Runs tests/ext/<file> with MPMA_TEST_BACKEND=emulated; options are pytest's, such as -k.
+
+    With `glue`, through that of csrc/cuda: see emulated_ops.
+    """
     if reason := can_emulate():
         pytest.skip(reason)
     environment = os.environ | {"MPMA_TEST_BACKEND": "emulated", "MPMA_TEST_DEVICE": "cpu"}
+    environment["MPMA_EMULATED_GLUE"] = str(int(glue))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
     done = subprocess.run(
         [*command, ROOT / "tests" / "ext" / file],

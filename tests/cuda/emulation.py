@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch.utils.cpp_extension import include_paths
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -59,23 +60,42 @@ def _build(target: Path, command: Sequence[object]) -> Path:
     return target
 
 
-def compile_emulated(source: Path) -> Path:
-    """The shared library of a C++ file that defines launchers, and the emulator."""
+def compile_emulated(
+    source: Path, name: str = "", flags: Sequence[str] = (), libraries: Sequence[str] = ()
+) -> Path:
+    """The shared library of a C++ file that defines launchers, and the emulator.
+
+    Args:
+        name: of the library, where that is not the source's.
+        flags, libraries: what the file wants beside the usual.
+    """
+    options, name = [*KERNELS, *flags], name or source.stem
     version = subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout
     parts = [ROOT / "csrc/cuda/element.h", *sorted((HERE / "emulator").iterdir())]
     machine = CACHE / f"emulator-{_digest(version, MACHINE, *(p.read_text() for p in parts))}.o"
     _build(machine, ["g++", *MACHINE, "-c", HERE / "emulator" / "emulator.cpp"])
     # The preprocessed text changes with the files that are included, and with no others.
-    text = subprocess.run(["g++", *KERNELS, "-E", str(source)], capture_output=True, text=True)
+    text = subprocess.run(["g++", *options, "-E", str(source)], capture_output=True, text=True)
     if text.returncode:
         raise RuntimeError(f"{source.name} does not compile:\n{text.stderr}")
-    key = _digest(KERNELS, text.stdout, machine.name)
-    kernels = _build(CACHE / f"{source.stem}-{key}.o", ["g++", *KERNELS, "-c", source])
+    key = _digest(options, text.stdout, machine.name)
+    kernels = _build(CACHE / f"{name}-{key}.o", ["g++", *options, "-c", source])
     # No -fsanitize=thread here: the emulator takes the place of its library.
-    return _build(
-        CACHE / f"{source.stem}-{key}.so",
-        ["g++", "-shared", "-Wl,-Bsymbolic,--no-undefined", kernels, machine],
-    )
+    link = ["g++", "-shared", "-Wl,-Bsymbolic,--no-undefined", kernels, machine, *libraries]
+    return _build(CACHE / f"{name}-{key}.so", link)
+
+
+def compile_glue(family: str) -> Path:
+    """The same of a family's .cu files, which register operators of torch.ops.mpma_emulated."""
+    sources = {"": f"cuda/{family}.cu"}
+    for path in (ROOT / "csrc" / "cuda").glob(f"{family}_*float*.cu"):
+        sources[path.stem.removeprefix(family).upper()] = f"cuda/{path.name}"
+    flags = [f'-DMPMA_GLUE{kind}="{path}"' for kind, path in sources.items()]
+    flags += ["-O1", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += [f"-isystem{path}" for path in include_paths()]
+    folder = Path(torch.__file__).parent / "lib"
+    libraries = [f"-L{folder}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    return compile_emulated(HERE / "glue_emulated.cpp", f"{family}_glue", flags, libraries)
 
 
 class EmulatedDevice:

@@ -31,6 +31,18 @@ def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_tensor_cores_cut_off_what_has_no_room(emulate, sign):
+    """Rounding to the nearest float32, 1 + 1.5 · 2^-24 would be 1 + 2^-23."""
+    a, b = torch.zeros(64, 32), torch.zeros(32, 64)
+    a[:, :2], b[0], b[1] = torch.tensor([1, 1.5 * 2**-12]), sign, sign * 2**-12
+    device = emulate("example")
+    c = device.empty((64, 64), torch.float32)
+    operands = (device.put(a.bfloat16()), device.put(b.bfloat16()))
+    device.call("gemm_bfloat16", *operands, c, 64, 64, 32)
+    assert (c == sign).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 # Everything, and an odd part of it: the rest must stay as it was.
 @pytest.mark.parametrize("real", [(32, 64), (21, 33)])

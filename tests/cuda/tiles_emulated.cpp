@@ -38,7 +38,7 @@ products_kernel(ProductsArguments<T> a) {
   barrier();
   Accumulator<2, 4> s;
   s.clear();
-  multiply(s, by_rows(tiles.q), by_rows(tiles.k), 64);
+  multiply_long(s, by_rows(tiles.q), by_rows(tiles.k), 64);
   reduce_rows(s, -1e30f, Maximum{}).for_each([&](int row, float x) {
     if (lane_index() % 4 == 0) a.row_maxima[row] = x;
   });

@@ -1,15 +1,21 @@
 """The operators of torch.ops.mpma, computed by the CUDA kernels on the emulated machine.
 
 <family>.py defines functions of exactly the names and signatures of its operators and their
-backwards, for CPU tensors.
+backwards, for CPU tensors. With MPMA_EMULATED_GLUE=1 the glue in csrc/cuda/<family>.cu takes their
+place: what a GPU runs, but for the checks of global memory.
 """
 
+import ctypes
+import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 
-from emulation import HERE, EmulatedDevice, compile_emulated
+import torch
+from emulation import HERE, EmulatedDevice, compile_emulated, compile_glue
 from torch import Tensor
+
+import mpma_ext  # noqa: F401  registers torch.ops.mpma, whose schemas the glue takes
 
 FAMILIES = (
     "masked_attention",
@@ -22,7 +28,25 @@ FAMILIES = (
 def operator(name: str) -> Callable:
     """The function that stands for torch.ops.mpma.<name>."""
     (family,) = (family for family in FAMILIES if name.startswith(family))
+    if os.environ.get("MPMA_EMULATED_GLUE") == "1":
+        return getattr(_glue(family), name)
     return getattr(import_module(f"emulated_ops.{family}"), name)
+
+
+@cache
+def _glue(family: str):
+    """torch.ops.mpma_emulated with a family's operators."""
+    library = torch.library.Library("mpma_emulated", "FRAGMENT")
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith(f"mpma::{family}") and "_triton" not in name:
+            operator = getattr(torch.ops.mpma, name.partition("::")[2])
+            library.define(str(operator.default._schema).removeprefix("mpma::"))
+    ctypes.CDLL(str(compile_glue(family))).mpma_emulator_take_host_memory()
+    _KEPT.append(library)
+    return torch.ops.mpma_emulated
+
+
+_KEPT = []  # a library that goes takes its operators with it
 
 
 @cache

@@ -44,6 +44,7 @@ struct Region {
 char* const arena = map(kArenaBytes);
 std::vector<Region> regions;  // in the order of addresses
 const Region* last_region = nullptr;
+bool host_memory_too = false;  // PyTorch's own, of which only the alignment is checked
 
 std::string describe(const char* kind, Access access, size_t bytes) {
   const char* name = access == Access::kRead ? "read of " : access == Access::kWrite ? "write of " : "atomic access of ";
@@ -147,6 +148,10 @@ void check(const void* pointer, size_t bytes, size_t alignment, Access access) {
     return;
   }
   if (address >= __ehdr_start && address < _end && access == Access::kRead) return;  // constants
+  if (host_memory_too) {
+    if (misaligned) fail(describe("global", access, bytes) + "that is misaligned");
+    return;
+  }
   fail(
       describe("global", access, bytes) +
       (address >= arena && address < arena + kArenaBytes ? nearest_region(address) : "at no device address"));

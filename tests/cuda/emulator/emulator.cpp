@@ -196,7 +196,46 @@ Registers4 load_matrices_together(const void* row) {
   return m;
 }
 
-template <int kDepth>
+// The power of two at or below |x|, 2^-126 for what is smaller.
+double magnitude_of(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, 8);
+  bits &= uint64_t{0x7FF} << 52;
+  double power;
+  std::memcpy(&power, &bits, 8);
+  return std::max(power, 0x1p-126);
+}
+
+// x without what lies below `quantum`, a power of two; |x| is less than 2^52 of it.
+double cut_off(double x, double quantum) {
+  const double size = std::abs(x), nearest = size + quantum * 0x1p52 - quantum * 0x1p52;
+  return std::copysign(nearest - (nearest > size ? quantum : 0.0), x);
+}
+
+// c += a b (kDepth, 8), as the A100's tensor cores add kTogether products at once: each of them is exact; where they are
+// added to the sum so far, what is more than a bit below float32's last of the largest of them is cut off, and so is what
+// the new sum has beyond float32. (Fasi et al., "Numerical behavior of NVIDIA tensor cores", PeerJ Computer Science, 2021;
+// Khattak and Mikaitis, "Accurate models of NVIDIA tensor cores", arXiv 2512.07004.)
+template <int kTogether, int kDepth>
+void add_row(float (&c)[8], const float (&a)[kDepth], const float (&b)[kDepth][8]) {
+  for (int first = 0; first < kDepth; first += kTogether) {
+    double term[kTogether + 1][8], whole[8], largest[8], sum[8] = {};
+    for (int j = 0; j < 8; ++j) whole[j] = term[kTogether][j] = c[j], largest[j] = std::abs(term[kTogether][j]);
+    for (int k = 0; k < kTogether; ++k)
+      for (int j = 0; j < 8; ++j) {
+        term[k][j] = static_cast<double>(a[first + k]) * b[first + k][j];
+        whole[j] += term[k][j];
+        largest[j] = std::max(largest[j], std::abs(term[k][j]));
+      }
+    for (int j = 0; j < 8; ++j) largest[j] = magnitude_of(largest[j]);
+    for (const auto& x : term)
+      for (int j = 0; j < 8; ++j) sum[j] += cut_off(x[j], largest[j] * 0x1p-24);
+    for (int j = 0; j < 8; ++j) sum[j] = cut_off(sum[j], magnitude_of(sum[j]) * 0x1p-23);
+    for (int j = 0; j < 8; ++j) c[j] = static_cast<float>(std::isfinite(whole[j]) ? sum[j] : whole[j]);
+  }
+}
+
+template <int kTogether, int kDepth>
 void multiply_fragments(Lane* lane, const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
   float c[16][8];
   const auto each = [&](auto&& f) {
@@ -204,9 +243,7 @@ void multiply_fragments(Lane* lane, const float (&a)[16][kDepth], const float (&
       for (int i = 0; i < 4; ++i) f(out<Sum>(lane[l]).value[i], c[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2]);
   };
   each([](float value, float& at) { at = value; });
-  for (int i = 0; i < 16; ++i)
-    for (int k = 0; k < kDepth; ++k)
-      for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
+  for (int i = 0; i < 16; ++i) add_row<kTogether>(c[i], a[i], b);
   each([](float& value, float at) { value = at; });
 }
 
@@ -220,7 +257,7 @@ void multiply_halves(Lane* lane) {
       for (int i = 0; i < 4; ++i) a[row + i % 2 * 8][column + i / 2 * 8] = value(in<Registers4>(lane[l]).r[i], j);
       for (int i = 0; i < 2; ++i) b[column + i * 8][row] = value(in<Registers2>(lane[l], 1).r[i], j);
     }
-  multiply_fragments<16>(lane, a, b);
+  multiply_fragments<8>(lane, a, b);
 }
 
 void multiply_tf32(Lane* lane) {
@@ -231,7 +268,7 @@ void multiply_tf32(Lane* lane) {
     for (int i = 0; i < 4; ++i) a[row + i % 2 * 8][column + i / 2 * 4] = value(in<Registers4>(lane[l]).r[i]);
     for (int i = 0; i < 2; ++i) b[column + i * 4][row] = value(in<Registers2>(lane[l], 1).r[i]);
   }
-  multiply_fragments<8>(lane, a, b);
+  multiply_fragments<4>(lane, a, b);
 }
 
 }  // namespace
@@ -359,6 +396,8 @@ void mpma_emulator_free(void* memory) {
   last_region = nullptr;
 }
 
+void mpma_emulator_take_host_memory() { mpma::cuda::host_memory_too = true; }
+
 void mpma_emulator_seed(uint64_t seed) { mpma::cuda::random_state = seed * 2 + 1; }
 
 // --- What the instrumentation calls ----------------------------------------------------------------------------------
@@ -382,6 +421,8 @@ void __tsan_read_range(void* p, size_t bytes) MPMA_CHECK(bytes, 1, kRead)
 void __tsan_write_range(void* p, size_t bytes) MPMA_CHECK(bytes, 1, kWrite)
 #undef MPMA_ACCESS
 #undef MPMA_CHECK
+// Counters of references, on the host.
+int __tsan_atomic32_fetch_add(volatile int* at, int by, int) { return __atomic_fetch_add(at, by, __ATOMIC_SEQ_CST); }
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 void __tsan_func_entry(void*) {}

@@ -11,10 +11,14 @@
 //   - a barrier or an operation of a warp that not all its threads reach, or that they reach as different ones.
 // The order in which threads run between such points, and blocks after each other, is drawn from a seed.
 //
-// Not covered: what happens between blocks that run at the same time; memory order finer than barriers; bank conflicts,
-// registers, occupancy and speed; wgmma, TMA and clusters; the exact rounding inside the tensor cores (here each product is
-// exact and sums are rounded to float32 one by one) and of the fast functions (here those of libm); contraction to
-// fused multiply-adds (here none); accesses by memcpy, which the kernels do not use.
+// Tensor cores add as the A100's do (emulator.cpp says how), those of later chips somewhat more exactly.
+//
+// Not covered: what happens between blocks that run at the same time; memory order finer than barriers; whether all lanes
+// come to an operation of the warp by the same instruction, as the tensor cores want it; bank conflicts, registers,
+// occupancy and speed; wgmma, TMA and clusters; the rounding of the fast functions (here those of libm); contraction to
+// fused multiply-adds (here none); accesses by memcpy, which the kernels do not use. Nor the host's side: streams and
+// their order, the choice of the device, its limits, graph capture. The glue in the .cu files runs on CPU tensors
+// (tests/cuda/glue_emulated.cpp), then without the checks of global memory.
 #pragma once
 
 #include <cmath>
@@ -201,5 +205,7 @@ void emulator_launch(
 extern "C" {
 void* mpma_emulator_allocate(int64_t bytes, int kind);  // 0: an input, read only; 1: to be written first; 2: written
 void mpma_emulator_free(void* memory);
+void mpma_emulator_take_host_memory();  // from now on kernels may touch what is not allocated above: aligned or not is all
+                                        // that is checked of it
 void mpma_emulator_seed(uint64_t seed);
 }
