@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdlib>
+
 #include "cuda/launch.h"
 
 // A CPU tensor stands for one of the device, which has one stream and nothing to guard.
@@ -20,7 +22,11 @@ inline AOTITorchError only_stream(int32_t, void** stream) {
   *stream = nullptr;
   return AOTI_TORCH_SUCCESS;
 }
-inline Device current_device() { return {}; }
+inline Device current_device() {
+  Device device;
+  if (const char* bytes = std::getenv("MPMA_EMULATED_SHARED_MEMORY")) device.shared_memory = std::atoi(bytes);
+  return device;
+}
 }  // namespace mpma::cuda
 
 #define is_cuda is_cpu

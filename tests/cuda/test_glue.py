@@ -20,6 +20,12 @@ def test_traps(family):
     check_traps(f"test_{family}_kernels.py", "-k", TRAPS[family], glue=True)
 
 
+def test_as_much_shared_memory_as_hopper_has(monkeypatch):
+    """More keys a block in the backward of masked attention than what every device has room for."""
+    monkeypatch.setenv("MPMA_EMULATED_SHARED_MEMORY", str(227 * 1024))
+    check_traps("test_masked_attention_kernels.py", "-k", "accurate and several", glue=True)
+
+
 # The operands' shapes, and what else a forward is given.
 FORWARDS = {
     "masked_attention": ([(1, 20, 2, 64)] * 3, (None, 0.125, 0.0, None)),
