@@ -66,7 +66,9 @@ template <auto kKernel, class... Arguments>
 void launch(const Launch& how, const Arguments&... arguments) {
   if (how.grid.empty()) return;
   if (how.grid.x > 0x7FFFFFFF || how.grid.y > 65535 || how.grid.z > 65535)
-    throw std::runtime_error("a grid has too many blocks");
+    throw std::runtime_error(
+        "a grid of " + std::to_string(how.grid.x) + " x " + std::to_string(how.grid.y) + " x " +
+        std::to_string(how.grid.z) + " blocks is larger than a launch may be");
 #if defined(MPMA_EMULATE)
   emulator_launch(
       __PRETTY_FUNCTION__, how.grid.x, how.grid.y, how.grid.z, how.threads, how.shared_bytes,

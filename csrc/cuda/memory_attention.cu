@@ -82,11 +82,11 @@ void check_operands(const Tensor& query, const Tensor& key, const Tensor& value,
   STD_TORCH_CHECK(topk >= 0 && topk < slots, "memory_attention: topk must be 0 (dense) or below the slots");
   STD_TORCH_CHECK(
       topk <= kMostKept, "memory_attention: the CUDA kernels keep up to ", kMostKept, " slots, topk is ", topk);
-  // Blocks and a head's entries are numbered in 32 bits.
+  // Blocks and a head's entries are numbered in 32 bits, and loops step a little beyond the last.
   STD_TORCH_CHECK(
-      slots <= kMost - 1024 && rows <= kMost / (topk > 0 ? topk : 1) && (rows + 31) / 32 * heads <= kMost &&
+      slots <= kMost - 1024 && rows <= (kMost - 1024) / (topk > 0 ? topk : 1) && (rows + 31) / 32 * heads <= kMost &&
           slots * heads <= kMost,
-      "memory_attention: the CUDA kernels do not serve so many rows, heads or slots");
+      "memory_attention: the CUDA kernels do not serve ", rows, " rows of ", heads, " heads on ", slots, " slots");
 }
 
 template <class T>
