@@ -25,8 +25,8 @@ class Sample:
 class ProductsOf(TorchDispatchMode):
     """Every matrix product, of gradients too, has its operands rounded to `dtype`.
 
-    With a generator, what is rounded is off by half a unit in the last place instead, either way:
-    a few draws show what rounding may come to, where by luck it does little.
+    With a generator, what is rounded is off by a random part of half a unit in the last place
+    instead, either way: a few draws show what rounding comes to, where by luck it does little.
     """
 
     def __init__(self, dtype: torch.dtype, generator: torch.Generator | None = None):
@@ -42,9 +42,9 @@ class ProductsOf(TorchDispatchMode):
         rounded = operand.to(self.dtype).to(operand.dtype)
         if self.generator is None:
             return rounded
-        signs = torch.randint(0, 2, operand.shape, generator=self.generator) * 2 - 1
-        off = operand * (1 + signs * (torch.finfo(self.dtype).eps / 2))
-        return torch.where(rounded == operand, operand, off)
+        part = torch.rand(operand.shape, generator=self.generator) - 0.5
+        unit = torch.ldexp(part * torch.finfo(self.dtype).eps, operand.frexp().exponent - 1)
+        return torch.where(rounded == operand, operand, operand + unit)
 
 
 def check(generator, sample: Sample, dtype, wanted, layouts, *, backend="cpu") -> None:
