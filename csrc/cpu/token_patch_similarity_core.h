@@ -2,8 +2,8 @@
 //
 // Forward and backward work on one report and one image at a time, whose scores stay in the second-level cache; the
 // backward recomputes them. |c|^2 = b^T (V V^T) b needs one product over the patches instead of two over the features
-// in the backward: cheaper up to P = 2 D, beyond that c = b V is formed. Neither b nor the Gram matrix is ever rounded
-// to bfloat16: the result has float32's accuracy, and patches may cancel.
+// in the backward: cheaper up to P = 2 D, beyond that c = b V is formed. Neither b, the Gram matrix nor c is ever
+// rounded to bfloat16: the result has float32's accuracy, and patches may cancel.
 
 namespace mpma::MPMA_ISA::similarity {
 
@@ -171,7 +171,10 @@ class Pair {
 
   // rows (T, D) times V^T
   void times_transposed(const T* rows, T* out) const {
-    matmul_panels<T>(t_, p_, patches_.width, rows, patches_.stride, transposed_.get(), out, stride_);
+    for (int64_t p = 0; p < p_; p += kPanel<T>)
+      matmul<T>(
+          t_, std::min(kPanel<T>, p_ - p), patches_.width,
+          {rows, patches_.stride, 1, transposed_.get() + p * patches_.width, kPanel<T>, out + p, stride_}, false);
   }
 
   // The scores, panel by panel, and a, the softmax over the tokens, of each while it is in the first-level cache. A

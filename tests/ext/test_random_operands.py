@@ -157,6 +157,18 @@ def test_token_patch_similarity(data, generator, dtype):
     check_drawn(data.draw, generator, sample, dtype)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_attended_patches_are_not_rounded(seed):
+    """Of more than 2 D patches no Gram matrix is formed: c itself enters the scores' gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    operands = {
+        "tokens": torch.randn(1, 3, 3, generator=generator).bfloat16().float(),
+        "patches": torch.randn(1, 23, 3, generator=generator).bfloat16().float(),
+    }
+    sample = Sample("token_patch_similarity", operands, {"attention_temperature": 60.0})
+    check(generator, sample, torch.bfloat16, list(operands), ["contiguous"] * 2)
+
+
 @given(st.data(), generators(), st.sampled_from(DTYPES))
 def test_token_patch_max_similarity(data, generator, dtype):
     sample = similarity(data.draw, generator, "token_patch_max_similarity", dtype, integers=True)
