@@ -23,7 +23,8 @@ def test_traps(family):
 def test_as_much_shared_memory_as_hopper_has(monkeypatch):
     """More keys a block in the backward of masked attention than what every device has room for."""
     monkeypatch.setenv("MPMA_EMULATED_SHARED_MEMORY", str(227 * 1024))
-    check_traps("test_masked_attention_kernels.py", "-k", "accurate and several and bfloat16", glue=True)
+    chosen = "accurate and several and bfloat16"
+    check_traps("test_masked_attention_kernels.py", "-k", chosen, glue=True)
 
 
 # The operands' shapes, and what else a forward is given.
