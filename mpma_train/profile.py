@@ -133,12 +133,11 @@ class _Count(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The last step's end is the last one's that counts."""
-        now = self._phases.now()
-        if state.global_step == WARMUP:
-            self._start, self._phases.counting = now, True
-        elif state.global_step == state.max_steps:
-            self.seconds, self._phases.counting = now - self._start, False
+        if state.global_step == state.max_steps:
+            self.seconds, self._phases.counting = self._phases.now() - self._start, False
         self._profiler.step()
+        if state.global_step == WARMUP:  # the profiler has begun to record, which takes a while
+            self._start, self._phases.counting = self._phases.now(), True
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "cpu/buffer.h"
 #include "cpu/masked_attention.h"
 
 #define MPMA_ISA_BODY "cpu/masked_attention_core.h"

@@ -19,17 +19,12 @@ template <typename A>
 class Scratch {
  public:
   A* rows(int64_t count, int64_t columns) {
-    const int64_t size = padded(std::max<int64_t>(count, 1) * row_distance(columns));
-    blocks_.emplace_back(static_cast<A*>(::operator new(size * sizeof(A), kAlignment)));
+    blocks_.emplace_back(padded(std::max<int64_t>(count, 1) * row_distance(columns)));
     return blocks_.back().get();
   }
 
  private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(A* p) const { ::operator delete(p, kAlignment); }
-  };
-  std::vector<std::unique_ptr<A, Free>> blocks_;
+  std::vector<cpu::Buffer<A>> blocks_;
 };
 
 // Rows of one head, in a tensor or in a buffer.
@@ -326,7 +321,7 @@ class Worker {
     const auto scale = static_cast<A>(batch_.scale);
     if (!batch_.dropout.active()) {
       for (int64_t c = 0; c < n; c += kW) {
-        const Vector<A> weight = exp_nonpositive(load(scores + c) * scale - logsumexp);
+        const Vector<A> weight = exp_nonpositive(rounded<A>(load(scores + c) * scale) - logsumexp);
         store(scores + c, weight);
         store(gradients + c, weight * (load(gradients + c) - delta) * scale);
       }
@@ -334,7 +329,8 @@ class Worker {
     }
     draw_kept(n, i);
     for (int64_t c = 0; c < n; c += kW) {
-      const Vector<A> weight = exp_nonpositive(load(scores + c) * scale - logsumexp), kept = load(kept_ + c);
+      const Vector<A> weight = exp_nonpositive(rounded<A>(load(scores + c) * scale) - logsumexp);
+      const Vector<A> kept = load(kept_ + c);
       store(scores + c, weight * kept);
       store(gradients + c, weight * (load(gradients + c) * kept - delta) * scale);
     }

@@ -205,6 +205,7 @@ inline void set_amx_registers(int64_t rows, int64_t below) {
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {};
   } sizes;
+  static_assert(sizeof(sizes) == 64, "what LDTILECFG reads");
   const int64_t of_register[8] = {rows, rows, below, below, rows, below, kWords, kWords};
   for (int i = 0; i < 8; ++i) sizes.rows[i] = std::max<int64_t>(of_register[i], 1);
   asm volatile("ldtilecfg %0" : : "m"(sizes));

@@ -119,11 +119,12 @@ class DenseBackward {
 
   static constexpr int64_t kStride = row_distance(kBackwardTile);
 
-  // About 32 tasks in all, at most 8 a head: each keeps a gradient of the query. A single head and few slots leave
-  // threads without work.
+  // About 32 tasks in all, at most 8 a head: each keeps a gradient of the query, and all of them a quarter of what all
+  // scores would take. A single head and few slots leave threads without work.
   static int64_t tiles_of_task(const MemoryProblem<T>& m) {
     const int64_t tiles = (m.slots + kBackwardTile - 1) / kBackwardTile;
-    const int64_t tasks = std::clamp<int64_t>(32 / std::max<int64_t>(1, m.heads), 1, 8);
+    const int64_t most = std::clamp<int64_t>(m.slots / (4 * round_up(m.width, kPanel<T>)), 1, 8);
+    const int64_t tasks = std::clamp<int64_t>(32 / std::max<int64_t>(1, m.heads), 1, most);
     return (tiles + tasks - 1) / tasks;
   }
 
@@ -203,7 +204,7 @@ class DenseBackward {
       const T lse = g_.logsumexp[(row0 + i) * m_.heads + head];
       const T mean = scored_ ? mean_.get()[head * m_.rows + row0 + i] : T(0);
       for (int64_t at = i * kStride; at < i * kStride + slots; at += kWidth<T>) {
-        const Vector<T> p = exp_nonpositive(load(s.weights.get() + at) * m_.scale - lse);
+        const Vector<T> p = exp_nonpositive(rounded<T>(load(s.weights.get() + at) * m_.scale) - lse);
         const Vector<T> keep = dropping ? load(s.kept.get() + at) : Vector<T>{} + T(1);
         store(s.weights.get() + at, p * keep);
         if (scored_) store(s.grads.get() + at, (keep * load(s.grads.get() + at) - mean) * p);

@@ -158,8 +158,10 @@ void sum_terms(const Term<T>* begin, const Term<T>* end, const T* rows, int64_t 
 constexpr int kSumVectors = 4;
 constexpr int64_t kTerms = 1 << 16;  // of so many items at once, if of more than one: 512 KB of float32
 
+constexpr int64_t kCopied = 1 << 20;  // numbers that a thread copies at most: 4 MB of float32
+
 // The gradient of one side's rows, each summed by one thread. Columns of all the other side's rows, copied beside one
-// another for the second-level cache, serve many items.
+// another for the second-level cache, serve many items; of very many rows they are read where they are.
 template <typename T>
 void backward(const MaxSide<T>& own, const MaxSide<T>& other, T* grad) {
   constexpr int64_t kColumns = kSumVectors * kWidth<T>;
@@ -171,7 +173,8 @@ void backward(const MaxSide<T>& own, const MaxSide<T>& other, T* grad) {
   torch::stable::parallel_for(0, mine.items, cpu::grain(work), [&](int64_t begin, int64_t end) {
     const cpu::Buffer<int64_t> ends(at_once * (most + 2));
     const cpu::Buffer<Term<T>> terms(at_once * terms_of_item);
-    const cpu::Buffer<T> rows(theirs.rows() * std::min(kColumns, width));
+    const bool copies = theirs.rows() <= kCopied / kColumns;
+    const cpu::Buffer<T> copied(copies ? theirs.rows() * std::min(kColumns, width) : 0);
     for (int64_t first = begin; first < end; first += at_once) {
       const int64_t last = std::min(end, first + at_once);
       for (int64_t i = first; i < last; ++i)
@@ -179,19 +182,21 @@ void backward(const MaxSide<T>& own, const MaxSide<T>& other, T* grad) {
             own, other, i, ends.get() + (i - first) * (most + 2), terms.get() + (i - first) * terms_of_item);
       for (int64_t column = 0; column < width; column += kColumns) {
         const int64_t columns = std::min(kColumns, width - column);
-        for (int64_t row = 0; row < theirs.rows(); ++row)
+        for (int64_t row = 0; copies && row < theirs.rows(); ++row)
           for (int64_t d = 0; d < columns; d += kWidth<T>)
-            store(rows.get() + row * columns + d, load(theirs.data + row * theirs.stride + column + d));
+            store(copied.get() + row * columns + d, load(theirs.data + row * theirs.stride + column + d));
+        const T* rows = copies ? copied.get() : theirs.data + column;
+        const int64_t stride = copies ? columns : theirs.stride;
         for (int64_t i = first; i < last; ++i)
           for (int64_t row = 0; row < mine.count(i); ++row) {
             const int64_t* bounds = ends.get() + (i - first) * (most + 2) + row;
             const Term<T>* of_item = terms.get() + (i - first) * terms_of_item;
             T* out = grad + (mine.start[i] + row) * mine.stride + column;
             if (columns == kColumns)
-              sum_terms<T, kSumVectors>(of_item + bounds[0], of_item + bounds[1], rows.get(), columns, out);
+              sum_terms<T, kSumVectors>(of_item + bounds[0], of_item + bounds[1], rows, stride, out);
             else
               for (int64_t d = 0; d < columns; d += kWidth<T>)
-                sum_terms<T, 1>(of_item + bounds[0], of_item + bounds[1], rows.get() + d, columns, out + d);
+                sum_terms<T, 1>(of_item + bounds[0], of_item + bounds[1], rows + d, stride, out + d);
           }
       }
     }

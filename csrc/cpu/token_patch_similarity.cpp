@@ -29,8 +29,8 @@ SimilarityProblem<T> problem_of(
     const std::optional<Tensor>& patch_mask, double attention_temperature, double pooling_temperature) {
   check_operands(tokens, patches, token_mask, patch_mask);
   // Rows that are far apart are read where they lie: products copy a panel of them at a time.
-  const int64_t near = portable::row_distance(tokens.size(2));
-  const int64_t stride = portable::far_apart<T>(near) ? portable::padded(tokens.size(2)) : near;
+  const int64_t spread = portable::row_distance(tokens.size(2));
+  const int64_t stride = portable::far_apart<T>(spread) ? portable::padded(tokens.size(2)) : spread;
   SimilarityProblem<T> problem{
       RealRows<T>(tokens, token_mask, stride),
       RealRows<T>(patches, patch_mask, stride),

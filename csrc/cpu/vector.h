@@ -24,6 +24,18 @@ inline void store(T* p, Vector<T> v) {
   *reinterpret_cast<typename VectorTypes<T>::Unaligned*>(p) = v;
 }
 
+// A product that is rounded before anything is added to it: no fused multiply-add. Scores in the backward are to be the
+// forward's to the last bit, or their difference to the log-sum-exp is as wrong as that bit is large.
+template <typename T>
+inline Vector<T> rounded(Vector<T> product) {
+#if defined(__x86_64__)
+  asm("" : "+v"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
+#endif
+  return product;
+}
+
 template <int kStep, typename T, int... kLanes>
 inline Vector<T> swap_lanes(Vector<T> v, std::integer_sequence<int, kLanes...>) {
   return __builtin_shufflevector(v, v, (kLanes ^ kStep)...);

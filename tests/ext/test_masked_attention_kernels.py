@@ -123,6 +123,15 @@ def test_scores_far_apart_across_tiles():
         assert logsumexp.item() == 200.0
 
 
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e4, 1e5])
+@cpu_only
+def test_the_only_key_has_all_the_weight(size):
+    """A score in the backward is the forward's to the last bit: at 1e8 the next one is e^8 more."""
+    query, key, value, grad, _ = inputs((3, 1, 1, 2, 24))
+    *_, grad_value = run(size * query, size * key, value, grad, scale=0.3)
+    assert torch.equal(grad_value, grad)
+
+
 def test_logsumexp():
     query, key, value, _, mask = inputs((2, 9, 300, 2, 16))
     _, logsumexp = OPS.masked_attention(query, key, value, mask, 0.25, 0.0, None)

@@ -156,6 +156,15 @@ def test_one_slot(dtype):
     torch.testing.assert_close(grad_value, grad.float().sum(0, keepdim=True).to(dtype))
 
 
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e4, 1e5])
+@cpu_only
+def test_the_only_slot_has_all_the_weight(size):
+    """A score in the backward is the forward's to the last bit: at 1e8 the next one is e^8 more."""
+    query, key, value, grad = operands(1, 2, 24, 1)
+    *_, grad_value = run((size * query, size * key, value, grad), 0)
+    assert torch.equal(grad_value, grad)
+
+
 # Scores that are small integers, so that products are exact and equal scores are ties.
 TRAPS = {
     "constant": lambda n: torch.ones(n),
