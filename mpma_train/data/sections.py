@@ -43,6 +43,13 @@ _COLON_HEADER = re.compile(
 )
 _BARE_HEADER = re.compile(r"^[ \t]*([A-Za-z][A-Za-z /()]{3,30}?)[ \t]*$", re.M)
 _INLINE_HEADER = re.compile(r"^[ \t]*(ADDENDUM|WET READ)\b[ \t]*", re.M)
+# Tables often hold a report as one line: there a header follows the end of a sentence, and the two
+# that matter, in capitals, may follow anything.
+_HEADER_WITHIN_LINE = re.compile(
+    r"(^\s*(?:final|preliminary) report|(?<=[.!?:_])|(?=\s+(?-i:FINDINGS|IMPRESSION)\s*:))\s+"
+    rf"({'|'.join(map(re.escape, sorted(_KIND_OF, key=len, reverse=True)))})\s*:(?!\d)",
+    re.I,
+)
 _VIEW = re.compile(r"\b(chest|views?|radiographs?|x-?ray)\b")
 _PARAGRAPH = re.compile(r"\n[ \t]*\n")
 # A sentence does not end after a title, and after a.m. or p.m. only before a capital.
@@ -84,7 +91,9 @@ def extract(report: str, *, whole_text: bool = False) -> Extract:
 
     With `whole_text`, a report without any header is taken as it is, not by its last paragraph.
     """
-    report = report.replace("\r\n", "\n").replace("\r", "\n")
+    report = report.replace("\r\n", "\n").replace("\r", "\n").strip()
+    if "\n" not in report:
+        report = _HEADER_WITHIN_LINE.sub(r"\1\n\2:", report)
     headers = sorted(_headers(report), key=lambda header: header.start)
     if whole_text and not headers:
         text = clean(report)

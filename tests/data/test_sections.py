@@ -43,6 +43,28 @@ def test_headers_without_colon_are_found_and_counted():
     assert set(found.rules) == {"header_without_colon", "impression_findings"}
 
 
+@pytest.mark.parametrize(
+    "report",
+    [
+        "INDICATION: Cough. COMPARISON: FINDINGS: Clear lungs. IMPRESSION: Normal.",
+        "Comparison: None. Findings: Clear lungs. Impression: Normal.",
+        "INDICATION: Cough FINDINGS: Clear lungs. IMPRESSION: Normal.",
+        "FINAL REPORT FINDINGS: Clear lungs. IMPRESSION: Normal.",
+    ],
+)
+def test_headers_within_a_report_of_one_line(report):
+    assert extract(report, whole_text=True).text == "Normal. Clear lungs."
+
+
+def test_line_breaks_make_no_difference():
+    assert extract(" ".join(FULL.split()), whole_text=True) == extract(FULL)
+
+
+def test_a_colon_within_a_sentence_of_one_line_is_no_header():
+    text = "Clear lungs with normal findings: none. Seen at 10:30."
+    assert extract(text, whole_text=True).text == text
+
+
 def test_last_of_two_findings_sections_wins():
     found = extract(
         "FINDINGS: First reading.\n\nIMPRESSION: Normal.\n\nFINDINGS: Second reading.\n"
