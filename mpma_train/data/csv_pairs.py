@@ -18,6 +18,7 @@ from .names import CHEXPERT_LABELS, LABEL_PREFIX, SPLITS
 from .sections import extract
 from .tables import label_values, read_table
 
+COLUMNS = ("image_path", "report_content", "patient_id", "study_id", "split", "view", "labels")
 SPLIT_NAMES = {name: name for name in SPLITS} | {"val": "validate", "valid": "validate"}
 
 
@@ -25,8 +26,8 @@ def read_csv_pairs(path: Path | str, *, seed: int = 0) -> Manifest:
     """Reads a CSV of pairs; image paths are relative to the CSV's folder.
 
     Without a column `split`, patients are dealt 80/10/10 with `seed`; without a patient identifier,
-    studies or images are, and a warning says so. Reports with section headers are cut to impression
-    and findings.
+    studies or images are, and a warning says so; another says which columns are not used. Reports
+    with section headers are cut to impression and findings.
 
     Raises FileNotFoundError, or ValueError for a missing column, a label cell that is no label, or
     a patient in two splits.
@@ -44,6 +45,12 @@ def read_csv_pairs(path: Path | str, *, seed: int = 0) -> Manifest:
         manifest.warnings.append(
             f"{blank} rows of {path.name} have a blank patient_id: "
             "their patients may be in more than one split, and test results may be too good"
+        )
+    unused = [column for column in table.columns if column not in COLUMNS and not _label(column)]
+    if unused:
+        manifest.warnings.append(
+            f"{path.name}: not used: column {', '.join(unused)}; a column of labels is called "
+            f"{LABEL_PREFIX}<Name> or by a CheXpert name"
         )
     if "split" not in table.columns:
         rows["split"] = split_by_patient(rows["patient_id"], seed)
@@ -92,6 +99,12 @@ def _select(table: pd.DataFrame, path: Path, manifest: Manifest) -> pd.DataFrame
     return pd.concat([rows, labels.iloc[numbers].reset_index(drop=True)], axis=1)
 
 
+def _label(column: str) -> str:
+    """The name of the label that a column holds, "" for another column."""
+    name = column.removeprefix(LABEL_PREFIX)
+    return name if name != column or name in CHEXPERT_LABELS else ""
+
+
 def _labels(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     """float32 columns label/<Name>, one row a row of the table."""
     numbered = table.set_axis(pd.RangeIndex(1, len(table) + 1, name="row"))
@@ -101,8 +114,7 @@ def _labels(table: pd.DataFrame, path: Path) -> pd.DataFrame:
         for name in sorted(set().union(*named)):
             columns[name] = np.array([name in row for row in named], dtype=np.float32)
     for column in table.columns:
-        name = column.removeprefix(LABEL_PREFIX)
-        if name != column or name in CHEXPERT_LABELS:
+        if name := _label(column):
             columns[name] = label_values(numbered[column], path)
     return pd.DataFrame(
         {LABEL_PREFIX + name: column for name, column in columns.items()}, table.index

@@ -124,6 +124,15 @@ def test_missing_patient_identifier_is_warned_of(tmp_path):
     assert "1 rows of pairs.csv have a blank patient_id" in read_csv_pairs(blank).warnings[0]
 
 
+def test_columns_that_are_not_used_are_warned_of(tmp_path):
+    header = "image_path,report_content,patient_id,effusion,age,Edema,label/Other"
+    warnings = read_csv_pairs(write(tmp_path, header, "a.png,One.,p,1,40,1,0")).warnings
+    assert warnings == [
+        "pairs.csv: not used: column effusion, age; a column of labels is called label/<Name> or "
+        "by a CheXpert name"
+    ]
+
+
 def test_split_is_by_patient_seeded_and_eighty_ten_ten(tmp_path):
     lines = [f"{i}.png,Report {i}.,p{i // 3}" for i in range(300)]
     path = write(tmp_path, "image_path,report_content,patient_id", *lines)
