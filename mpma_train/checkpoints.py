@@ -30,8 +30,12 @@ def find_checkpoint(output_dir: Path, resume: str | None, *, overwrite: bool) ->
             )
         return None
     if resume.lower() != "true":
-        missing = _missing(Path(resume))
-        if missing:
+        if not Path(resume).is_dir():
+            raise ValueError(
+                f"resume_from_checkpoint: expected true, false or the directory of a checkpoint, "
+                f"got {resume!r}, which is none"
+            )
+        if missing := _missing(Path(resume)):
             raise ValueError(f"resume_from_checkpoint: {resume} lacks {missing}")
         return resume
     for checkpoint in reversed(_checkpoints(output_dir)):
@@ -61,8 +65,6 @@ def _checkpoints(output_dir: Path) -> list[Path]:
 
 def _missing(checkpoint: Path) -> str | None:
     """What a checkpoint lacks; one that was being written when its run was killed ends early."""
-    if not checkpoint.is_dir():
-        return "its directory"
     # save_only_model leaves out the first two; the last is what the trainer writes last.
     if not (checkpoint / "scheduler.pt").is_file():
         return "scheduler.pt"

@@ -72,3 +72,10 @@ def test_a_checkpoint_of_weights_alone_is_no_start(pretrain_argv, capsys, tmp_pa
     captured = capsys.readouterr()
     assert "no complete checkpoint" in captured.err and "lacks scheduler.pt" in captured.out
     assert json.loads((tmp_path / "run" / "config.json").read_text())["memory_slots"] == 16
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+    from mpma_train.checkpoints import find_checkpoint
+
+    with pytest.raises(ValueError, match="directory of a checkpoint, got 'nowhere', which is none"):
+        find_checkpoint(tmp_path, "nowhere", overwrite=False)
