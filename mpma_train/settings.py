@@ -103,6 +103,13 @@ class MpmaTrainingArguments(TrainingArguments):
         for name, (value, why) in refused.items():
             if getattr(self, name) is value:
                 raise ValueError(f"{name}: {str(value).lower()} is refused, {why}")
+        for name, least in (
+            ("learning_rate", 0),
+            ("per_device_train_batch_size", 1),
+            ("per_device_eval_batch_size", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         # Declared as text, though transformers wants a truth value in its place.
         self.fsdp = {"true": True, "false": None}.get(self.fsdp, self.fsdp)
         super().__post_init__()

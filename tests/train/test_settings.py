@@ -141,3 +141,11 @@ def test_settings_that_would_break_a_run_are_refused(write, name):
     settings = parse_settings([config, f"--{name}", "true"])
     with pytest.raises(ValueError, match=f"{name}: true is refused"):
         settings.training_arguments()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("learning_rate", -1.0), ("per_device_train_batch_size", 0)]
+)
+def test_training_settings_below_their_least_are_named(tmp_path, name, value):
+    with pytest.raises(ValueError, match=rf"{name}: expected at least \d, got {value}"):
+        MpmaTrainingArguments(output_dir=str(tmp_path), **{name: value})
