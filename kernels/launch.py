@@ -7,6 +7,8 @@ behind the caller's back. A generation without rows of its own takes its elder's
 
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +17,9 @@ import torch
 SHARED_MEMORY = {"sm80": 163 << 10, "sm86": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10}
 ELDER = {"sm100": "sm90", "sm90": "sm80", "sm80": "sm86"}
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+# Lists that are told of every launch; of all threads, as autograd runs backwards in its own.
+_listening: list[list[tuple[str, str, str, str, str]]] = []
 
 
 @functools.cache
@@ -50,16 +55,30 @@ def launch(stem: str, kernel: str, tensor: torch.Tensor, bucket: str) -> dict[st
     Raises:
         KeyError: the table has no row for this bucket.
     """
-    return find(table(stem)[kernel], generation(tensor.device), DTYPES[tensor.dtype], bucket)
+    asked = generation(tensor.device), DTYPES[tensor.dtype], bucket
+    for listener in _listening:
+        listener.append((stem, kernel, *asked))
+    return find(table(stem)[kernel], *asked)
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[str, str, str, str, str]]]:
+    """Within this context, every launch's stem, kernel, generation, dtype and bucket."""
+    listener: list[tuple[str, str, str, str, str]] = []
+    _listening.append(listener)
+    try:
+        yield listener
+    finally:
+        _listening.remove(listener)
 
 
 def find(rows: dict, name: str, dtype: str, bucket: str) -> dict[str, int]:
     """The row of a generation, or of the nearest elder one that has it."""
+    dtypes = (dtype, "bfloat16") if dtype == "float16" else (dtype,)
     while True:
-        of_dtype = rows.get(name, {})
-        found = of_dtype.get(dtype) or (of_dtype.get("bfloat16") if dtype == "float16" else None)
-        if found and bucket in found:
-            return found[bucket]
+        for of_dtype in (rows.get(name, {}).get(d, {}) for d in dtypes):
+            if bucket in of_dtype:
+                return of_dtype[bucket]
         if name not in ELDER:
             raise KeyError(f"no launch of {bucket} in {dtype} for {name}")
         name = ELDER[name]
