@@ -5,7 +5,9 @@ so that one binary serves all those versions. Project metadata stands in pyproje
 """
 
 import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import torch
@@ -65,6 +67,13 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
 
 
+def cuda_libraries() -> list[str]:
+    """Where nvcc links from: CUDA_HOME is a guess where nvcc on PATH is a link or a script."""
+    command = [find_nvcc(), "--dryrun", "-x", "cu", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    return re.findall(r'"-L([^"]+)"', said)
+
+
 def cuda_extension(cuda_sources: list[str]) -> CUDAExtension:
     """The CUDA operators: a library of its own, because it cannot be loaded beside a CPU torch."""
     extension = CUDAExtension(
@@ -78,6 +87,7 @@ def cuda_extension(cuda_sources: list[str]) -> CUDAExtension:
         },
         py_limited_api=True,
     )
+    extension.library_dirs += cuda_libraries()
     extension.libraries = ["cudart_static" if x == "cudart" else x for x in extension.libraries]
     return extension
 

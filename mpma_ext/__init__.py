@@ -7,12 +7,13 @@ plain PyTorch; `python -m mpma_ext` says what this installation can run.
 
 import importlib.util
 
-import torch  # noqa: F401  its libraries must be loaded before those that link to them
+import torch  # its libraries must be loaded before those that link to them
 
 try:
     import mpma_ext._C  # registers torch.ops.mpma
 
-    if importlib.util.find_spec("mpma_ext._C_cuda"):  # there is one where CUDA was built
+    # There is one where CUDA was built; a PyTorch without CUDA could not load it.
+    if torch.version.cuda and importlib.util.find_spec("mpma_ext._C_cuda"):
         import mpma_ext._C_cuda  # noqa: F401  registers the CUDA kernels
 except ImportError as error:
     raise ImportError(

@@ -122,7 +122,7 @@ def choose(
     if backend is None:
         backend = getattr(_local, "backend", None)
     if backend is None:
-        avoid |= UNMEASURED
+        avoid = avoid | UNMEASURED  # |= is nothing that the compiler of torch 2.11 traces
         for name, refusal in refusals.items():
             if refusal is None and name not in avoid:
                 return name
