@@ -244,7 +244,7 @@ def test_nothing_is_imported_that_a_bare_machine_lacks():
 # ---- correctness and sanitizer ------------------------------------------------------------------
 
 
-def tested(folder, program):
+def run_of(folder, program):
     """The summary of a file of tests."""
     (folder / "test_some.py").write_text(program)
     junit = folder / "junit.xml"
@@ -255,7 +255,7 @@ def tested(folder, program):
 
 
 def test_failed_tests_are_named(tmp_path):
-    found = tested(
+    found = run_of(
         tmp_path,
         "def test_right(): pass\n"
         "def test_wrong(): assert 1 == 2, 'so wrong'\n"
@@ -277,12 +277,12 @@ def test_failed_tests_are_named(tmp_path):
 def test_the_reason_says_why_tests_cannot_be_imported(tmp_path):
     cause = "try: import no_such_kernels\nexcept ImportError as error:\n"
     cause += "    raise ImportError(f'the library cannot be loaded ({error})') from error\n"
-    told = correctness.reason(tested(tmp_path, cause))
+    told = correctness.reason(run_of(tmp_path, cause))
     assert told == (
         "1 of 1 tests failed, the first with: ImportError: the library cannot be loaded "
         "(No module named 'no_such_kernels')"
     )
-    assert correctness.reason(tested(tmp_path, "def test_right(): pass")) == "0 of 1 tests failed"
+    assert correctness.reason(run_of(tmp_path, "def test_right(): pass")) == "0 of 1 tests failed"
 
 
 def test_the_traps_are_there():
