@@ -269,9 +269,9 @@ def test_failed_tests_are_named(tmp_path):
     assert "so wrong" in correctness.reason(found) or "no disk" in correctness.reason(found)
     failed = found.pop("failed")
     assert found == {"tests": 4, "failures": 1, "errors": 1, "skipped": 1}
-    wrong, without = sorted(failed)
-    assert wrong.endswith("::test_without_disk") and without.endswith("::test_wrong")
-    assert "so wrong" in failed[without] and "no disk" in failed[wrong]
+    broken, wrong = sorted(failed)
+    assert broken.endswith("::test_without_disk") and wrong.endswith("::test_wrong")
+    assert "no disk" in failed[broken] and "so wrong" in failed[wrong]
 
 
 def test_the_reason_says_why_tests_cannot_be_imported(tmp_path):
