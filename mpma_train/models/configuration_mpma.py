@@ -6,6 +6,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import BertConfig, PreTrainedConfig, ViTMAEConfig
+from transformers.activations import ACT2FN
 
 # What transformers itself hands to a configuration besides its fields, when it loads or copies one.
 _TRANSFORMERS_KEYS = {
@@ -267,6 +268,9 @@ class MpmaConfig(PreTrainedConfig):
                 _check(name, "0 or more", value, value >= 0)
             else:
                 _check(name, "positive", value, value > 0)
+        _check(
+            "hidden_act", "one of " + ", ".join(ACT2FN), self.hidden_act, self.hidden_act in ACT2FN
+        )
         for name in [n for n in self.setting_names() if n.endswith("_token_id")]:
             value = getattr(self, name)
             _check(name, f"below vocab_size {self.vocab_size}", value, value < self.vocab_size)
