@@ -22,7 +22,7 @@ from mpma_train.models import MpmaConfig
         ({"image_mask_ratio": 1.0}, r"image_mask_ratio must be in \[0, 1\), got 1.0"),
         ({"text_mask_ratio": -0.1}, r"text_mask_ratio must be in \[0, 1\)"),
         ({"fusion_dropout": 1}, r"fusion_dropout must be in \[0, 1\)"),
-        ({"hidden_act": "nope"}, "hidden_act must be one of gelu, .*relu, .*got nope"),
+        ({"hidden_act": "nope"}, "hidden_act must be one of .*gelu, .*relu, .*got 'nope'"),
         ({"memory_topk": 0}, "memory_topk must be positive, got 0"),
         ({"memory_slots": -5}, "memory_slots must be positive"),
         ({"temperature_init": 0}, "temperature_init must be positive"),
