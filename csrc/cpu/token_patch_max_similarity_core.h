@@ -160,8 +160,8 @@ constexpr int64_t kTerms = 1 << 16;  // of so many items at once, if of more tha
 
 constexpr int64_t kCopied = 1 << 20;  // numbers that a thread copies at most: 4 MB of float32
 
-// The gradient of one side's rows, each summed by one thread. Columns of all the other side's rows, copied beside one
-// another for the second-level cache, serve many items; of very many rows they are read where they are.
+// The gradient of one side's rows, each summed by one thread. Columns of all the other side's rows serve many items:
+// where those are far apart they are copied beside one another for the second-level cache, if that is not too much.
 template <typename T>
 void backward(const MaxSide<T>& own, const MaxSide<T>& other, T* grad) {
   constexpr int64_t kColumns = kSumVectors * kWidth<T>;
@@ -173,7 +173,7 @@ void backward(const MaxSide<T>& own, const MaxSide<T>& other, T* grad) {
   torch::stable::parallel_for(0, mine.items, cpu::grain(work), [&](int64_t begin, int64_t end) {
     const cpu::Buffer<int64_t> ends(at_once * (most + 2));
     const cpu::Buffer<Term<T>> terms(at_once * terms_of_item);
-    const bool copies = theirs.rows() <= kCopied / kColumns;
+    const bool copies = far_apart<T>(theirs.stride) && theirs.rows() <= kCopied / kColumns;
     const cpu::Buffer<T> copied(copies ? theirs.rows() * std::min(kColumns, width) : 0);
     for (int64_t first = begin; first < end; first += at_once) {
       const int64_t last = std::min(end, first + at_once);

@@ -20,6 +20,8 @@ SHAPES = {
     "the model's own": (2, 24, 3, 49, 128),
     "whole tiles": (2, 12, 2, 32, 64),
     "many patches, narrow: no Gram matrix": (2, 9, 3, 50, 12),
+    "rows far apart": (3, 5, 2, 7, 512),
+    "rows far apart, nothing a multiple of a vector": (2, 3, 2, 9, 521),
 }
 
 
