@@ -224,7 +224,8 @@ def test_user_errors_are_one_line(pretrain_argv, config_path, tmp_path, capsys):
     assert "per_device_eval_batch_size: a batch of 17" in error(*wrong_evaluation)
     assert "model_name_or_path: no such" in error("--model_name_or_path", "/nowhere")
     assert "no complete checkpoint in" in error("--resume_from_checkpoint", "true")
-    assert "expected true, false or the directory of a checkpoint" in error("--resume_from_checkpoint", str(tmp_path / "none"))
+    message = error("--resume_from_checkpoint", str(tmp_path / "none"))
+    assert "expected true, false or the directory of a checkpoint" in message
     (tmp_path / "file").write_text("")
     message = error("--output_dir", str(tmp_path / "file" / "run"))
     assert "output_dir: cannot write to" in message and "Not a directory" in message
