@@ -95,7 +95,7 @@ class Worker {
       const Rows<const A> value = to_read(batch_.value, tile, key_);
       for_each_block([&](int64_t i0, const Range& block) {
         const Rows<const A> query = to_read(batch_.query, block, query_);
-        matmul_panels<A>(block.count, n, width_, query.data, query.distance, key_panels_, scores_, s_row);
+        matmul_panels_rounded<A>(block.count, n, width_, query.data, query.distance, key_panels_, scores_, s_row);
         for (int64_t i = 0; i < block.count; ++i) {
           softmax_row(scores_ + i * s_row, n, i0 + i, sum[i0 + i], c0 == 0);
           if (batch_.dropout.active()) drop_row(scores_ + i * s_row, n, i0 + i);
@@ -144,9 +144,9 @@ class Worker {
           }
         }
         const Rows<const A> query = to_read(batch_.query, block, query_);
-        matmul_panels<A>(rows, n, width_, query.data, query.distance, key_panels_, scores_, s_row);
+        matmul_panels_rounded<A>(rows, n, width_, query.data, query.distance, key_panels_, scores_, s_row);
         if (need_scores)
-          matmul_panels<A>(rows, n, width_, from.data, from.distance, value_panels_, grad_scores_, s_row);
+          matmul_panels_rounded<A>(rows, n, width_, from.data, from.distance, value_panels_, grad_scores_, s_row);
         for (int64_t i = 0; i < rows; ++i) gradient_row(i * s_row, n, i0 + i, delta[i0 + i], total_[i0 + i]);
         if (grad_value)
           matmul_rounded<A>(

@@ -109,6 +109,15 @@ void matmul(int64_t m, int64_t n, int64_t k, const Product<T>& p, bool add) {
   } while (depth0 < k);
 }
 
+// C = A B with the rows of A contiguous and B packed as [n / kPanel][k][kPanel]: one stream of memory a panel.
+template <typename T>
+void matmul_panels(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, const T* panels, T* c, int64_t c_row) {
+  for (int64_t column = 0; column < n; column += kPanel<T>)
+    matmul<T>(
+        m, std::min(kPanel<T>, n - column), k,
+        {a, a_row, 1, panels + column * k, kPanel<T>, c + column, c_row}, false);
+}
+
 // to (4, 4) = from (4, 4), transposed.
 template <typename A>
 inline void transpose_4x4(const A* from, int64_t from_row, A* to, int64_t to_row) {

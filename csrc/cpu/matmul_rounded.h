@@ -265,16 +265,14 @@ void matmul_rounded(int64_t m, int64_t n, int64_t k, const Product<T>& p, bool a
 #endif
 }
 
-// C = A B with the rows of A contiguous and B packed as [n / kPanel][k][kPanel]: one stream of memory a panel.
+// As matmul_panels.
 template <typename T>
-void matmul_panels(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, const T* panels, T* c, int64_t c_row) {
+void matmul_panels_rounded(
+    int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, const T* panels, T* c, int64_t c_row) {
 #if MPMA_BFLOAT16
-  matmul_bfloat16(m, n, k, {a, a_row, 1, panels, kPanel<T>, c, c_row}, k * kPanel<T>, false);
+  matmul_bfloat16(m, n, k, {a, a_row, 1, panels, kPanel<float>, c, c_row}, k * kPanel<float>, false);
 #else
-  for (int64_t column = 0; column < n; column += kPanel<T>)
-    matmul<T>(
-        m, std::min(kPanel<T>, n - column), k,
-        {a, a_row, 1, panels + column * k, kPanel<T>, c + column, c_row}, false);
+  matmul_panels<T>(m, n, k, a, a_row, panels, c, c_row);
 #endif
 }
 

@@ -119,8 +119,8 @@ class DenseBackward {
 
   static constexpr int64_t kStride = row_distance(kBackwardTile);
 
-  // About 32 tasks in all, at most 8 a head: each keeps a gradient of the query, and all of them a quarter of what all
-  // scores would take. A single head and few slots leave threads without work.
+  // About 32 tasks in all, at most 8 a head. Each keeps a gradient of the query: all of them at most a quarter of what
+  // all scores would take, or a single one. A single head and few slots leave threads without work.
   static int64_t tiles_of_task(const MemoryProblem<T>& m) {
     const int64_t tiles = (m.slots + kBackwardTile - 1) / kBackwardTile;
     const int64_t most = std::clamp<int64_t>(m.slots / (4 * round_up(m.width, kPanel<T>)), 1, 8);
@@ -193,7 +193,7 @@ class DenseBackward {
   void weights_and_gradients(
       int64_t head, int64_t row0, int64_t rows, int64_t slot0, int64_t slots, const Scratch& s) const {
     const auto multiply = [&](const HeadRows<T>& left, const T* panels, T* out) {
-      matmul_panels<T>(
+      matmul_panels_rounded<T>(
           rows, round_up(slots, kPanel<T>), m_.width, left.at(head, row0), left.stride, panels, out, kStride);
     };
     multiply(queries_, s.keys.get(), s.weights.get());

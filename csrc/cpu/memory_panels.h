@@ -29,7 +29,7 @@ struct RowPanels {
   void multiply(
       const T* a, int64_t a_row, int64_t m, int64_t head, int64_t row0, int64_t columns, T* c, int64_t c_row) const {
     const T* panels = data.get() + head * per_head + row0 * width;
-    matmul_panels<T>(m, round_up(columns, kPanel<T>), width, a, a_row, panels, c, c_row);
+    matmul_panels_rounded<T>(m, round_up(columns, kPanel<T>), width, a, a_row, panels, c, c_row);
   }
 };
 

@@ -87,7 +87,7 @@ void forward(
         pack_transposed<T>(patches.item(image), patches.stride, p, width, transposed.get());
         transposed_image = image;
       }
-      matmul_panels<T>(t, p, width, tokens.item(report), tokens.stride, transposed.get(), scores.get(), stride);
+      matmul_panels_rounded<T>(t, p, width, tokens.item(report), tokens.stride, transposed.get(), scores.get(), stride);
       for (int64_t i = 0; i < t; ++i)
         std::fill(
             scores.get() + i * stride + p, scores.get() + i * stride + padded(p), -std::numeric_limits<T>::infinity());

@@ -171,10 +171,7 @@ class Pair {
 
   // rows (T, D) times V^T
   void times_transposed(const T* rows, T* out) const {
-    for (int64_t p = 0; p < p_; p += kPanel<T>)
-      matmul<T>(
-          t_, std::min(kPanel<T>, p_ - p), patches_.width,
-          {rows, patches_.stride, 1, transposed_.get() + p * patches_.width, kPanel<T>, out + p, stride_}, false);
+    matmul_panels<T>(t_, p_, patches_.width, rows, patches_.stride, transposed_.get(), out, stride_);
   }
 
   // The scores, panel by panel, and a, the softmax over the tokens, of each while it is in the first-level cache. A
@@ -184,7 +181,7 @@ class Pair {
     for (int64_t p = 0; p < p_; p += columns) {
       const int64_t real = std::min(columns, p_ - p);
       const T* panels = transposed_.get() + p * patches_.width;
-      matmul_panels<T>(t_, real, patches_.width, w_, patches_.stride, panels, scores_.get() + p, stride_);
+      matmul_panels_rounded<T>(t_, real, patches_.width, w_, patches_.stride, panels, scores_.get() + p, stride_);
       for (int64_t q = p; q < p + real; q += kWidth<T>) softmax_over_tokens(q);
     }
   }

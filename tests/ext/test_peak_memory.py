@@ -80,3 +80,16 @@ def test_nothing_of_the_size_of_all_scores(name, dtype):
     allowed += WORKSPACE
     assert 2 * allowed < FLOAT * forbidden, "the case cannot tell"
     assert peak_extra_bytes(lambda: train(name, operands, keywords), "cpu") < allowed
+
+
+@pytest.mark.skipif(
+    peak_extra_bytes(lambda: None, "cpu") is None, reason="the platform does not tell"
+)
+def test_gradients_of_a_query_take_a_quarter_of_its_scores():
+    """Beside them six of the query (results, gradients, copies by head) and six of the bank."""
+    rows, heads, slots, width = 6400, 4, 2048, 128
+    shapes = [(rows, heads, width), (slots, heads, width), (slots, heads, width)]
+    train("memory_attention", [torch.randn(1, heads, width) for _ in shapes], {})
+    operands = [torch.randn(shape) for shape in shapes]
+    peak = peak_extra_bytes(lambda: train("memory_attention", operands, {}), "cpu")
+    assert peak < FLOAT * heads * (rows * slots / 4 + 6 * rows * width + 6 * slots * width)
